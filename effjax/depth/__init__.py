@@ -1,0 +1,20 @@
+"""Depth policies: which token passes which block of the stack, and how often."""
+
+from effjax.depth.block import Block
+from effjax.depth.expert_choice import ExpertChoice
+from effjax.depth.mixture_of_recursions import MixtureOfRecursions
+from effjax.depth.plain import Plain
+from effjax.depth.recursive import Recursive
+from effjax.depth.stack import Stack, fresh
+from effjax.depth.token_choice import TokenChoice
+
+__all__ = [
+    "Block",
+    "ExpertChoice",
+    "MixtureOfRecursions",
+    "Plain",
+    "Recursive",
+    "Stack",
+    "TokenChoice",
+    "fresh",
+]

@@ -1,0 +1,132 @@
+"""A run of blocks: the material that depth policies work with."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Float, Int
+
+from effjax import registry
+from effjax.depth.block import Block
+from effjax.nn import scalars
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def fresh(part: nn.Module, **fields) -> nn.Module:
+    """An unbound copy of a part, so that each use of a template gets parameters of its own."""
+    return part.clone(parent=None, name=None, **fields)
+
+
+class Stack(nn.Module):
+    """Blocks applied one after the other.
+
+    A depth policy gets an unbound stack of all the layers that the model was given, takes the ones it wants and binds them
+    under itself; a bound stack that is called twice applies the same parameters twice.
+
+    Attributes:
+      blocks: the layers, in order.
+      remat: which activations the backward pass recomputes, one of `REMAT_POLICIES`.
+      scan_layers: compile one repeat of the layer pattern and scan over the repeats, with parameters stacked on a leading
+        axis. Compile time no longer grows with depth.
+    """
+
+    blocks: tuple[Block, ...]
+    remat: str = "none"
+    scan_layers: bool = False
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def take(self, indices: Iterable[int]) -> "Stack":
+        """An unbound stack of copies of the blocks at `indices`, for a policy to bind by `clone(parent=..., name=...)`."""
+        blocks = tuple(fresh(self.blocks[i]) for i in indices)
+        return Stack(blocks, self.remat, self.scan_layers, parent=None)
+
+    def flops_per_token(self, d_model: int, context: int) -> float:
+        """Forward FLOPs per token of one pass through every block with nothing skipped."""
+        return sum(block.flops_per_token(d_model, context) for block in self.blocks)
+
+    def init_state(self, batch_size: int, max_length: int, d_model: int, dtype="float32") -> tuple:
+        """Empty decode states, one a block."""
+        return tuple(
+            b.mixer.init_state(batch_size, max_length, d_model, dtype) for b in self.blocks
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        states: tuple | None = None,
+        train: bool = False,
+    ):
+        """Returns (x [B, T, D], the new state of every block, aux)."""
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(registry.unknown("remat", self.remat, REMAT_POLICIES))
+        if self.scan_layers:
+            return self._scan(x, positions, segment_ids, states, train)
+        outcomes = []
+        for i, block in enumerate(self.blocks):
+            state = None if states is None else states[i]
+            x, *outcome = self._remat(_apply)(block, x, positions, segment_ids, state, train)
+            outcomes.append(outcome)
+        new_states, aux = zip(*outcomes, strict=True)
+        return x, new_states, scalars.combine(aux)
+
+    def _remat(self, function):
+        if self.remat == "none":
+            return function
+        return nn.remat(function, policy=REMAT_POLICIES[self.remat], static_argnums=(5,))
+
+    def _scan(self, x, positions, segment_ids, states, train):
+        period = pattern_period(self.blocks)
+        group = _Group(
+            tuple(fresh(b) for b in self.blocks[:period]), self.remat, parent=self, name="groups"
+        )
+
+        def body(group, x, states):
+            x, new_states, aux = group(x, positions, segment_ids, states, train)
+            return x, (new_states, aux)
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "routing": True, "dropout": True},
+            length=len(self.blocks) // period,
+        )
+        x, (new_states, aux) = scan(group, x, states)
+        return x, new_states, scalars.collapse(aux)
+
+
+class _Group(nn.Module):
+    """One repeat of the layer pattern, the body of a scan; its states carry a leading scan axis."""
+
+    blocks: tuple[Block, ...]
+    remat: str
+
+    @nn.compact
+    def __call__(self, x, positions, segment_ids, states, train):
+        stack = Stack(self.blocks, self.remat, parent=self, name="blocks")
+        return stack(x, positions=positions, segment_ids=segment_ids, states=states, train=train)
+
+
+def pattern_period(blocks: tuple[Block, ...]) -> int:
+    """Length of the shortest pattern of blocks whose repetition gives all of them."""
+    specs = [registry.describe(block) for block in blocks]  # bound modules do not compare by value
+    count = len(specs)
+    for period in range(1, count):
+        if count % period == 0 and specs == specs[:period] * (count // period):
+            return period
+    return count
+
+
+def _apply(block, x, positions, segment_ids, state: Any, train: bool):
+    return block(x, positions=positions, segment_ids=segment_ids, state=state, train=train)

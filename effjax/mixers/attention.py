@@ -1,0 +1,146 @@
+"""Softmax attention with grouped-query heads and rotary positions: the Llama mixer."""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+import pallas_kernels
+from effjax.mixers.kv_state import KVState
+from effjax.nn import Linear, RMSNorm, rotary
+from effjax.registry import register
+
+__all__ = ["Attention", "KVState"]
+
+
+@register("mixer", "attention")
+class Attention(nn.Module):
+    """Multi-head attention (Vaswani et al., 2017) with grouped queries (Ainslie et al., 2023, arXiv 2305.13245).
+
+    Attributes:
+      num_heads: query heads.
+      num_kv_heads: key and value heads, a divisor of `num_heads`; None means `num_heads`.
+      head_dim: size of a head; None means d_model / num_heads.
+      causal: whether a token sees only itself and what is before it.
+      window: if given, a token sees itself and the `window - 1` tokens before it.
+      rope_base: base of the rotary frequencies; None means no rotary embedding.
+      qk_norm: RMSNorm on queries and keys of each head (Dehghani et al., 2023, arXiv 2302.05442).
+      logits_soft_cap: if given, logits become cap * tanh(logits / cap).
+      implementation: of `pallas_kernels.attention`; None takes the best for the platform.
+    """
+
+    num_heads: int = 4
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    causal: bool = True
+    window: int | None = None
+    rope_base: float | None = 10_000.0
+    qk_norm: bool = False
+    logits_soft_cap: float | None = None
+    implementation: str | None = None
+
+    # Whether later recursions may attend to the state of an earlier one (`depth.mixture_of_recursions`).
+    shares_state: ClassVar[bool] = True
+
+    def dims(self, d_model: int) -> tuple[int, int]:
+        """(key/value heads, head_dim) at this model width.
+
+        Raises:
+          ValueError: if the heads do not divide the width or each other.
+        """
+        kv_heads = self.num_kv_heads or self.num_heads
+        if self.num_heads % kv_heads:
+            raise ValueError(f"num_kv_heads={kv_heads} must divide num_heads={self.num_heads}")
+        if self.head_dim is None and d_model % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must divide d_model={d_model}, or give head_dim"
+            )
+        return kv_heads, self.head_dim or d_model // self.num_heads
+
+    def init_state(
+        self, batch_size: int, max_length: int, d_model: int, dtype="float32"
+    ) -> KVState:
+        """An empty cache for `max_length` tokens, or for `window` of them if that is fewer."""
+        kv_heads, head_dim = self.dims(d_model)
+        slots = min(max_length, self.window) if self.window else max_length
+        return KVState.empty(batch_size, slots, kv_heads, head_dim, dtype)
+
+    def flops_per_token(self, d_model: int, context: int) -> float:
+        kv_heads, head_dim = self.dims(d_model)
+        projections = 2.0 * d_model * head_dim * (2 * self.num_heads + 2 * kv_heads)
+        return projections + 2.0 * 2 * self.num_heads * head_dim * self.mean_keys(context)
+
+    def mean_keys(self, context: int) -> float:
+        """Keys that a token of a `context` long sequence attends to, averaged over the sequence."""
+        if not self.causal:
+            return float(context)
+        window = min(self.window or context, context)
+        return (window * (window + 1) / 2 + (context - window) * window) / context
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        state: KVState | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVState]:
+        d_model = x.shape[-1]
+        kv_heads, head_dim = self.dims(d_model)
+        q = self._heads("query", self.num_heads, head_dim, x, positions)
+        if state is not None and state.frozen:
+            y, new_state = self._attend(q, positions, segment_ids, state), state
+        else:
+            fresh = KVState(
+                k=self._heads("key", kv_heads, head_dim, x, positions),
+                v=Linear(kv_heads * head_dim, name="value")(x).reshape(
+                    *x.shape[:2], kv_heads, head_dim
+                ),
+                positions=positions,
+                segment_ids=segment_ids,
+                length=jnp.sum(segment_ids > 0, axis=1),
+            )
+            if state is None:
+                y, new_state = self._attend_parallel(q, fresh), fresh
+            else:
+                new_state = state.append(fresh)
+                # Several new tokens may push out of a ring what the first of them still has to see.
+                seen = new_state if x.shape[1] == 1 else state.concatenate(fresh)
+                y = self._attend(q, positions, segment_ids, seen)
+        y = y.reshape(*x.shape[:2], self.num_heads * head_dim)
+        return Linear(d_model, name="out")(y), new_state
+
+    def _heads(self, name, num_heads, head_dim, x, positions):
+        heads = Linear(num_heads * head_dim, name=name)(x).reshape(
+            *x.shape[:2], num_heads, head_dim
+        )
+        if self.qk_norm:
+            heads = RMSNorm(name=f"{name}_norm")(heads)
+        return heads if self.rope_base is None else rotary(heads, positions, self.rope_base)
+
+    def _attend_parallel(self, q, kv):
+        return pallas_kernels.attention(
+            q,
+            kv.k,
+            kv.v,
+            causal=self.causal,
+            window=self.window,
+            segment_ids=kv.segment_ids,
+            logits_soft_cap=self.logits_soft_cap,
+            implementation=self.implementation,
+        )
+
+    def _attend(self, q, positions, segment_ids, kv):
+        return pallas_kernels.attention(
+            q,
+            kv.k.astype(q.dtype),
+            kv.v.astype(q.dtype),
+            causal=self.causal,
+            window=self.window,
+            segment_ids=(segment_ids, kv.segment_ids),
+            positions=(positions, kv.positions),
+            logits_soft_cap=self.logits_soft_cap,
+            implementation=self.implementation,
+        )

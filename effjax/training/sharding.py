@@ -1,0 +1,116 @@
+"""Meshes, and where each array of a run lives on one.
+
+Parameters are plain arrays; a table from parameter paths to logical axes says what their dimensions mean, and a table from
+logical to mesh axes says how each meaning is split. The compiler derives the rest.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from effjax import pytree
+
+logger = logging.getLogger(__name__)
+
+MESH_AXES = ("data", "fsdp", "tensor", "expert")
+
+# Logical axes of the trailing dimensions of each parameter; leading ones (scanned layers) are not split.
+PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embed/embedding", ("vocab", "embed")),
+    (r"unembed/kernel", ("embed", "vocab")),
+    (r"(query|key|value)/kernel", ("embed", "heads")),
+    (r"out/kernel", ("heads", "embed")),
+    (r"experts/(gate|up)", ("expert", "embed", "mlp")),
+    (r"experts/down", ("expert", "mlp", "embed")),
+    (r"(gate|up)/kernel", ("embed", "mlp")),
+    (r"down/kernel", ("mlp", "embed")),
+    (r"kernel", ("embed", None)),
+)
+
+# Logical to mesh axes; `batch` is the leading dimension of activations.
+AXIS_RULES: tuple[tuple[str, Any], ...] = (
+    ("batch", ("data", "fsdp", "expert")),
+    ("vocab", "tensor"),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("expert", "expert"),
+    ("length", None),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor and expert.
+
+    Args:
+      sizes: size of each axis; absent axes are 1, and at most one may be -1: all the devices that are left.
+      devices: the devices to use, all of them by default; a smaller mesh takes the first ones.
+
+    Raises:
+      ValueError: for an unknown axis, a size that is not positive, or a mesh that does not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    for axis in sizes:
+        if axis not in MESH_AXES:
+            raise ValueError(f"mesh: unknown axis {axis!r}; valid: {', '.join(MESH_AXES)}")
+    shape = {axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}
+    free = [axis for axis, size in shape.items() if size == -1]
+    if len(free) > 1 or any(size < 1 for axis, size in shape.items() if axis not in free):
+        raise ValueError(
+            f"mesh: sizes {shape}; valid: positive numbers, at most one -1 (all that is left)"
+        )
+    fixed = int(np.prod([size for size in shape.values() if size != -1]))
+    if fixed > len(devices) or (free and len(devices) % fixed):
+        raise ValueError(
+            f"mesh: {shape} needs {'a multiple of ' if free else ''}{fixed} devices, "
+            f"and there are {len(devices)}; valid: sizes whose product divides the devices"
+        )
+    for axis in free:
+        shape[axis] = len(devices) // fixed
+    count = int(np.prod(list(shape.values())))
+    grid = np.array(devices[:count]).reshape(tuple(shape.values()))
+    return Mesh(grid, MESH_AXES)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Number of parts that the batch axis is cut into."""
+    return int(np.prod([mesh.shape[axis] for axis in dict(AXIS_RULES)["batch"]]))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch lives: rows split, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(dict(AXIS_RULES)["batch"]))
+
+
+def state_shardings(shapes: Any, mesh: Mesh) -> Any:
+    """Shardings for a train state (or any tree with parameter paths in it), leaf by leaf.
+
+    Optimizer moments carry the paths of their parameters and live where those live. A dimension that its mesh axis does
+    not divide is left whole, and the log says so.
+    """
+    return pytree.map_paths(
+        lambda path, leaf: NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh)), shapes
+    )
+
+
+def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """How the parameter at `path` is split over the mesh."""
+    rules = dict(AXIS_RULES)
+    logical = next((axes for pattern, axes in PARAMETER_AXES if pytree.matches(pattern, path)), ())
+    if len(logical) > len(
+        shape
+    ):  # factored moments (adafactor) lack a dimension of their parameter
+        return PartitionSpec()
+    spec = [None] * (len(shape) - len(logical)) + [rules.get(axis) for axis in logical]
+    for i, axis in enumerate(spec):
+        if axis is not None and shape[i] % mesh.shape[axis]:
+            logger.warning(
+                "%s: dimension %d of size %d is kept whole, mesh axis %r of size %d does not divide it",
+                path, i, shape[i], axis, mesh.shape[axis],
+            )  # fmt: skip
+            spec[i] = None
+    return PartitionSpec(*spec)

@@ -1,0 +1,56 @@
+"""Everything that a training run carries from one step to the next, besides the data iterator."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PRNGKeyArray
+
+
+@flax.struct.dataclass
+class TrainState:
+    """State of a run, a pytree.
+
+    Attributes:
+      step: scalar int32, updates done so far.
+      params: float32 parameters.
+      opt_state: state of the optimizer.
+      ema: exponential moving average of the parameters, or None.
+      rng: key that all randomness of later steps is folded from.
+    """
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    ema: Any
+    rng: PRNGKeyArray
+
+    def variables(self) -> dict[str, Any]:
+        """What to evaluate: the averaged parameters where there are any."""
+        return {"params": self.params if self.ema is None else self.ema}
+
+
+def init_state(
+    model, batch: dict[str, Any], optimizer: optax.GradientTransformation, seed: int, *, ema: bool
+) -> TrainState:
+    """The state before the first step; pure, so that it can be traced for shapes or jitted with shardings.
+
+    Args:
+      model: the model.
+      batch: one batch; only the shape of its tokens matters (`tokens`, or `query_tokens` for pairs).
+      optimizer: the optimizer.
+      seed: all randomness of the run.
+      ema: whether to keep an average of the parameters.
+    """
+    init_key, rng = jax.random.split(jax.random.key(seed))
+    tokens = batch["tokens"] if "tokens" in batch else batch["query_tokens"]
+    params = model.init(init_key, jnp.zeros((1, tokens.shape[1]), jnp.int32))["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=jax.tree.map(jnp.copy, params) if ema else None,
+        rng=jax.random.key_data(rng),
+    )
