@@ -1,0 +1,193 @@
+"""The data part of a config: its fields, its defaults, and the batches it stands for."""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import ml_collections
+import numpy as np
+
+from effjax import registry
+from effjax.data import pipeline
+from effjax.data.packing import check_ids
+from effjax.data.pairs import encode_pair
+from effjax.data.prefetch import PrefetchIterator
+from effjax.data.sources import (
+    Documents,
+    PairSource,
+    RowSource,
+    StandardLibrary,
+    StreamedDocuments,
+    TextSource,
+    TokenDocuments,
+)
+from effjax.data.splits import check_split
+from effjax.data.tokenizers import ByteTokenizer, Tokenizer
+
+DataIterator = grain.DatasetIterator
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """Which text, in which tokens, in which batches.
+
+    Attributes:
+      source: a source of text, of pairs, or of rows.
+      tokenizer: a tokenizer.
+      seq_len: positions a row, at least 2.
+      batch_size: rows a batch over all processes; each process yields `batch_size / shard_count`.
+      seed: of the order of the training data, 0 <= seed < 2**32.
+      shuffle_window: packed rows that are shuffled together; 1 keeps their order. Takes 16 bytes a
+        token of memory, and restoring a state packs up to this many rows anew. Pairs are shuffled
+        globally.
+      prefetch: batches made ahead in a thread; 0 makes none ahead.
+    """
+
+    source: TextSource | PairSource | RowSource = dataclasses.field(default_factory=StandardLibrary)
+    tokenizer: Tokenizer = dataclasses.field(default_factory=ByteTokenizer)
+    seq_len: int = 256
+    batch_size: int = 16
+    seed: int = 0
+    shuffle_window: int = 4096
+    prefetch: int = 2
+
+    def __post_init__(self):
+        _at_least("seq_len", self.seq_len, 2)
+        _at_least("batch_size", self.batch_size, 1)
+        _at_least("shuffle_window", self.shuffle_window, 1)
+        _at_least("prefetch", self.prefetch, 0)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"data: seed is {self.seed}; valid: 0 <= seed < 2**32")
+
+
+def default_config() -> dict[str, Any]:
+    """Every field of the data config with its default, as plain values."""
+    return registry.describe_fields(DataRecipe())
+
+
+def build(
+    config: Mapping[str, Any] | ml_collections.ConfigDict,
+    *,
+    split: str,
+    shard_index: int = 0,
+    shard_count: int = 1,
+) -> DataIterator:
+    """The batches of one process.
+
+    The iterator is grain's: `get_state()` returns plain JSON-able values, `set_state(state)` makes
+    the next batch the one that would have followed, and
+    `grain.checkpoint.CheckpointSave/CheckpointRestore` put it into an Orbax checkpoint.
+
+    Args:
+      config: fields of `DataRecipe`; missing ones take their defaults.
+      split: "train" repeats for ever in shuffled order; "heldout" is one pass in a fixed order, its
+        last batch filled with rows of segment 0.
+      shard_index: which process this is (`jax.process_index()`).
+      shard_count: how many there are (`jax.process_count()`).
+
+    Returns:
+      An iterator of dicts of NumPy arrays with B = batch_size / shard_count rows: for a source of
+      text or rows as `packing.batch_of_rows` describes, for pairs stacked `pairs.encode_pair`.
+
+    Raises:
+      ValueError: for an unknown field, a value that is not valid, or a source that finds nothing.
+    """
+    check_split(split)
+    recipe = _recipe(config)
+    if not 0 <= shard_index < shard_count:
+        raise ValueError(
+            f"shard_index is {shard_index}; valid: 0 <= shard_index < shard_count = {shard_count}"
+        )
+    if recipe.batch_size % shard_count:
+        raise ValueError(
+            f"data: batch_size is {recipe.batch_size}; "
+            f"valid: a multiple of shard_count = {shard_count}"
+        )
+    shard = {
+        "batch_size": recipe.batch_size // shard_count,
+        "shard_index": shard_index,
+        "shard_count": shard_count,
+    }
+    batches = (_train if split == "train" else _heldout)(recipe, shard)
+    return PrefetchIterator(iter(batches), recipe.prefetch)
+
+
+def tokenizer(config: Mapping[str, Any] | ml_collections.ConfigDict) -> Tokenizer:
+    """The tokenizer of a data config."""
+    return _recipe(config).tokenizer
+
+
+def documents(
+    config: Mapping[str, Any] | ml_collections.ConfigDict, *, split: str
+) -> Iterator[bytes]:
+    """The text of a split, a document at a time, as bytes: what the n-gram baselines are fitted on.
+
+    Documents of token ids are decoded. A pair is one document, the query above the code.
+
+    Raises:
+      ValueError: as `build` does, and for a source of rows, which has no text.
+    """
+    check_split(split)
+    recipe = _recipe(config)
+    if isinstance(recipe.source, PairSource):
+        return (f"{p.query}\n{p.document}".encode() for p in recipe.source.pairs(split))
+    if isinstance(recipe.source, RowSource):
+        raise ValueError(
+            f"data: source {registry.describe(recipe.source)} has no text; valid: a source of documents or pairs"
+        )
+    to_bytes = recipe.tokenizer.decode_bytes
+    return (to_bytes(d) if isinstance(d, np.ndarray) else d for d in _find(recipe, split))
+
+
+def _train(recipe: DataRecipe, shard: dict[str, int]) -> grain.IterDataset:
+    found = _find(recipe, "train")
+    if isinstance(found, grain.MapDataset):
+        return pipeline.train_examples(found, seed=recipe.seed, **shard)
+    return pipeline.train_batches(
+        found,
+        recipe.tokenizer,
+        seq_len=recipe.seq_len,
+        seed=recipe.seed,
+        shuffle_window=recipe.shuffle_window,
+        **shard,
+    )
+
+
+def _heldout(recipe: DataRecipe, shard: dict[str, int]) -> grain.IterDataset:
+    found = _find(recipe, "heldout")
+    if isinstance(found, grain.MapDataset):
+        return pipeline.heldout_examples(found, pad_id=recipe.tokenizer.pad_id, **shard)
+    return pipeline.heldout_batches(found, recipe.tokenizer, seq_len=recipe.seq_len, **shard)
+
+
+def _find(recipe: DataRecipe, split: str) -> Documents | grain.MapDataset:
+    """The documents of a split, or its examples where the source makes these; at least one."""
+    source, tokenizer = recipe.source, recipe.tokenizer
+    if isinstance(source, RowSource):
+        check_ids(source.vocab_size - 1, tokenizer)
+        found = grain.MapDataset.source(source.rows(split, recipe.seq_len))
+    elif isinstance(source, PairSource):
+        encode = functools.partial(encode_pair, tokenizer=tokenizer, seq_len=recipe.seq_len)
+        found = grain.MapDataset.source(source.pairs(split)).map(encode)
+    else:
+        found = source.documents(split)
+    if isinstance(found, TokenDocuments) and found.largest_id is not None:
+        check_ids(found.largest_id, tokenizer)  # now, and not in the middle of training
+    if not isinstance(found, StreamedDocuments) and not len(found):
+        raise ValueError(
+            f"data: source {registry.describe(source)} has nothing in split {split!r}; "
+            "valid: another heldout_fraction, or more documents"
+        )
+    return found
+
+
+def _recipe(config: Mapping[str, Any] | ml_collections.ConfigDict) -> DataRecipe:
+    given = config.to_dict() if isinstance(config, ml_collections.ConfigDict) else config
+    return DataRecipe(**registry.bind(DataRecipe, given, where="data"))
+
+
+def _at_least(field: str, value: int, smallest: int) -> None:
+    if value < smallest:
+        raise ValueError(f"data: {field} is {value}; valid: {smallest} or more")
