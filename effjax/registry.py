@@ -9,6 +9,7 @@ kind, so specs nest the way the modules do.
 import dataclasses
 import difflib
 import functools
+import importlib
 import inspect
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -16,6 +17,21 @@ from typing import Any
 
 import typeguard
 from flax import linen as nn
+
+# The room where the parts of each kind register themselves; imported when the kind is first asked for.
+ROOMS = {
+    "depth": "effjax.depth",
+    "ffn": "effjax.ffn",
+    "head": "effjax.heads",
+    "mixer": "effjax.mixers",
+    "model": "effjax.models",
+    "norm": "effjax.nn",
+    "objective": "effjax.objectives",
+    "routing": "effjax.depth",
+    "schedule": "effjax.optim",
+    "source": "effjax.data",
+    "tokenizer": "effjax.data",
+}
 
 _PARTS: dict[str, dict[str, Any]] = {}
 _NAMES: dict[Any, tuple[str, str]] = {}
@@ -29,8 +45,11 @@ def register(kind: str, name: str) -> Callable[[Any], Any]:
     """Decorator: makes a class or function known as `name` among the parts of `kind`.
 
     Raises:
-      RegistryError: if another part already has that name.
+      RegistryError: for an unknown kind, or if another part already has that name.
     """
+
+    if kind not in ROOMS:
+        raise RegistryError(unknown("kind of part", kind, ROOMS))
 
     def add(part: Any) -> Any:
         parts = _PARTS.setdefault(kind, {})
@@ -183,14 +202,15 @@ def unknown(what: str, name: Any, known: Iterable[str]) -> str:
 def kind_of(field: str) -> str | None:
     """The kind of part that a field of this name holds, one or several; None if it holds a plain value."""
     for kind in (field, field.removesuffix("s")):
-        if kind in _PARTS:
+        if kind in ROOMS:
             return kind
     return None
 
 
 def _table(kind: str) -> dict[str, Any]:
-    if kind not in _PARTS:
-        raise RegistryError(unknown("kind of part", kind, _PARTS))
+    if kind not in ROOMS:
+        raise RegistryError(unknown("kind of part", kind, ROOMS))
+    importlib.import_module(ROOMS[kind])
     return _PARTS[kind]
 
 

@@ -66,9 +66,11 @@ class Attention(nn.Module):
         slots = min(max_length, self.window) if self.window else max_length
         return KVState.empty(batch_size, slots, kv_heads, head_dim, dtype)
 
-    def flops_per_token(self, d_model: int, context: int) -> float:
+    def flops_per_token(self, d_model: int, context: int, reads_only: bool = False) -> float:
+        """Forward FLOPs per token; `reads_only` for queries to a frozen state, which make no keys and values."""
         kv_heads, head_dim = self.dims(d_model)
-        projections = 2.0 * d_model * head_dim * (2 * self.num_heads + 2 * kv_heads)
+        heads = 2 * self.num_heads + (0 if reads_only else 2 * kv_heads)
+        projections = 2.0 * d_model * head_dim * heads
         return projections + 2.0 * 2 * self.num_heads * head_dim * self.mean_keys(context)
 
     def mean_keys(self, context: int) -> float:

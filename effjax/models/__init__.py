@@ -5,18 +5,21 @@ A preset is a function that returns a model composed of parts; `create` lays ove
 
 from typing import Any
 
-from effjax import depth, ffn, heads, mixers, nn, registry  # parts register themselves on import
-from effjax.models import matryoshka, mor, presets
+from effjax import registry
+from effjax.models import based, matryoshka, mixture_of_experts, mor, presets
 from effjax.models.sequence_model import DecoderLM, Output, SequenceModel, TextEncoder
+from effjax.models.state_size import StateSize, state_size
 
 __all__ = [
     "DecoderLM",
     "Output",
     "SequenceModel",
+    "StateSize",
     "TextEncoder",
     "create",
     "names",
     "spec",
+    "state_size",
 ]
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from effjax import data, models, objectives, optim, registry  # noqa: F401 (objectives register)
+from effjax import data, models, optim, registry
 from effjax.training import sharding
 
 
@@ -37,7 +37,11 @@ def default(model: str, **overrides: Any) -> ml_collections.ConfigDict:
         "keep_best": True,
     }
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}
-    config.evaluation = {"num_batches": 64, "latency_runs": 10}
+    config.evaluation = {
+        "step": config_dict.placeholder(int),  # of the checkpoint; none is the newest
+        "num_batches": 64,
+        "latency_runs": 10,
+    }
     return config
 
 
@@ -154,24 +158,27 @@ def _check_keys(where: str, given: Mapping[str, Any], known: Mapping[str, Any]) 
         raise ValueError(f"{where}: missing {', '.join(missing)}")
 
 
-def of_size(name: str | None, sizes: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
-    """The model fields of a named size of a recipe (`--config=configs/mor.py:360m`); none named means tiny.
+def of_size(
+    model: str, name: str | None, sizes: Mapping[str, Mapping[str, Any]]
+) -> ml_collections.ConfigDict:
+    """The config of a recipe at a named size (`--config=configs/mor.py:360m`); none named is the tiny one.
+
+    Args:
+      model: name of a preset.
+      name: one of `sizes`, or None.
+      sizes: model fields of each size. Runs of these have long sequences, large batches and many steps.
 
     Raises:
       ValueError: for a size that the recipe does not have.
     """
-    if not name:
-        return {}
+    if name is None:
+        return default(model)
     if name not in sizes:
         raise ValueError(f"config: {registry.unknown('size', name, sizes)}")
-    return sizes[name]
-
-
-def at_scale(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Training fields for the named sizes: long sequences, large batches, small steps. Changes `config` in place."""
+    config = default(model, **sizes[name])
     config.data.seq_len = 2048
     config.data.batch_size = 512
-    config.optimizer.schedule = part_config("schedule", "warmup_stable_decay", peak=3e-3)
+    config.optimizer.schedule = part_config("schedule", "warmup_stable_decay")
     config.training.num_steps = 20_000
     config.training.log_every = 50
     config.training.eval_every = 1000

@@ -31,9 +31,10 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"kernel", ("embed", None)),
 )
 
-# Logical to mesh axes; `batch` is the leading dimension of activations.
+# Logical to mesh axes; `batch` is the leading dimension of activations, `group` that of expert buffers.
 AXIS_RULES: tuple[tuple[str, Any], ...] = (
     ("batch", ("data", "fsdp", "expert")),
+    ("group", ("data", "fsdp")),  # rows on their way to experts, which take the expert axis
     ("vocab", "tensor"),
     ("embed", "fsdp"),
     ("heads", "tensor"),

@@ -1,5 +1,6 @@
 """Everything that a training run carries from one step to the next, besides the data iterator."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -30,6 +31,13 @@ class TrainState:
     def variables(self) -> dict[str, Any]:
         """What to evaluate: the averaged parameters where there are any."""
         return {"params": self.params if self.ema is None else self.ema}
+
+
+def initialise(init: Callable[[], TrainState], shardings: Any = None) -> TrainState:
+    """Runs `init_state` (its arguments bound) in one compiled program that makes each array where it is to live."""
+    # The program runs once and is almost all random bits: on CPU, optimising its code takes longer than running it as it is.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)()
 
 
 def init_state(

@@ -52,7 +52,7 @@ def make_train_step(
         ema = state.ema
         if ema_decay is not None:
             ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
         return state, metrics
 

@@ -1,0 +1,26 @@
+"""Any mixers x feed-forward x depth x head from the command line.
+
+    --config=configs/compose.py:mixers=short_conv+sliding_window+taylor_linear,ffn=adamoe,depth=mixture_of_recursions
+
+Every field of the parts can then be set: --config.model.ffn.top_k=2 --config.model.mixers[1].window=32. Other fields of
+the model fit in too: num_layers=8.
+"""
+
+from effjax import registry
+from effjax.training import config as configs
+
+PARTS = ("mixers", "ffn", "depth", "head", "norm", "num_layers", "d_model")
+
+
+def get_config(parts=None):
+    overrides = dict(_field(part) for part in parts.split(",")) if parts else {}
+    return configs.default("transformer", **overrides)
+
+
+def _field(part):
+    name, found, value = part.partition("=")
+    if not found or name not in PARTS:
+        raise ValueError(f"config: {registry.unknown('part', part, [f'{p}=...' for p in PARTS])}")
+    if name == "mixers":
+        return name, tuple({"name": mixer} for mixer in value.split("+"))
+    return name, int(value) if value.isdigit() else value

@@ -1,0 +1,166 @@
+"""Linear attention with the Taylor feature map: BASED's mixer for what is far away."""
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from effjax.nn import Linear, rotary
+from effjax.registry import register
+from pallas_kernels.linear_attention import (
+    LinearAttentionState,
+    linear_attention,
+    linear_attention_decode,
+)
+from pallas_kernels.linear_attention.feature_maps import get as get_feature_map
+
+
+@flax.struct.dataclass
+class LinearState:
+    """What linear attention remembers: the same size after one token and after a million.
+
+    Attributes:
+      sums: kv [B, H, F, Dv] and k_sum [B, H, F], sums over the tokens of the present segment; at least float32.
+      segment_ids: [B] the present segment; 0 before the first token.
+    """
+
+    sums: LinearAttentionState
+    segment_ids: Int[Array, " B"]
+
+
+@register("mixer", "taylor_linear")
+class TaylorLinear(nn.Module):
+    """y_t = Σ w_ts v_s / Σ w_ts over s <= t, with w_ts = φ(q_t) · φ(k_s) = 1 + x + x²/2, x = q_t · k_s / sqrt(d).
+
+    The weights are the second-order Taylor series of softmax attention's exp(x), and being a product of features they
+    need no keys and values to be kept, only the sums of φ(k) vᵀ and φ(k) (Arora et al., 2024, arXiv 2402.18668,
+    section 4.1, eq. 2). The state is H (1 + d + d(d+1)/2) (Dv + 1) numbers for feature dimension d: the paper's
+    1 + d + d² without the products that occur twice. So `feature_dim` dials recall against memory. The source has no
+    rotary positions; order comes from the convolution layers around.
+
+    Attributes:
+      num_heads: heads.
+      feature_dim: size d of a query and a key of one head.
+      head_dim: size Dv of a value of one head; None means d_model / num_heads.
+      feature_map: φ, one of `pallas_kernels.linear_attention.FEATURE_MAPS`.
+      eps: added to the sum of the weights.
+      rope_base: base of rotary frequencies on queries and keys; None means no rotary embedding.
+      chunk_size: tokens a chunk of the parallel form; None leaves it to the kernel.
+      implementation: of `pallas_kernels.linear_attention`; None takes the best for the platform.
+    """
+
+    num_heads: int = 4
+    feature_dim: int = 16
+    head_dim: int | None = None
+    feature_map: str = "taylor"
+    eps: float = 1e-12
+    rope_base: float | None = None
+    chunk_size: int | None = None
+    implementation: str | None = None
+
+    def value_dim(self, d_model: int) -> int:
+        """Size of a value of one head at this model width.
+
+        Raises:
+          ValueError: if the heads do not divide the width.
+        """
+        if self.head_dim is None and d_model % self.num_heads:
+            raise ValueError(
+                f"num_heads={self.num_heads} must divide d_model={d_model}, or give head_dim"
+            )
+        return self.head_dim or d_model // self.num_heads
+
+    def init_state(
+        self, batch_size: int, max_length: int, d_model: int, dtype="float32"
+    ) -> LinearState:
+        """A state that has seen nothing; its size does not depend on `max_length`.
+
+        The sums are float32 even where `dtype` is narrower: they grow with the sequence, and small terms would be lost.
+        """
+        sums = LinearAttentionState.zeros(
+            batch_size,
+            self.num_heads,
+            self.feature_dim,
+            self.value_dim(d_model),
+            self.feature_map,
+            jnp.promote_types(dtype, jnp.float32),
+        )
+        return LinearState(sums, jnp.zeros((batch_size,), jnp.int32))
+
+    def flops_per_token(self, d_model: int, context: int) -> float:
+        """FLOPs of the recurrent form, which are the same at any `context`."""
+        value_dim = self.value_dim(d_model)
+        projections = 2.0 * 2 * d_model * self.num_heads * (self.feature_dim + value_dim)
+        num_features = get_feature_map(self.feature_map).num_features(self.feature_dim)
+        return projections + 2.0 * 2 * self.num_heads * num_features * (value_dim + 1)
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        positions: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"],
+        state: LinearState | None = None,
+    ) -> tuple[Float[Array, "B T D"], LinearState]:
+        d_model = x.shape[-1]
+        q = self._features("query", x, positions)
+        k = self._features("key", x, positions)
+        heads = (*x.shape[:2], self.num_heads, self.value_dim(d_model))
+        v = Linear(heads[2] * heads[3], name="value")(x).reshape(heads)
+        if state is not None:
+            state = _forget_other_segments(state, segment_ids)
+        if state is not None and x.shape[1] == 1:
+            y, sums = self._step(q, k, v, segment_ids, state)
+        else:
+            y, sums = linear_attention(
+                q,
+                k,
+                v,
+                feature_map=self.feature_map,
+                chunk_size=self.chunk_size,
+                segment_ids=segment_ids,
+                eps=self.eps,
+                initial_state=None if state is None else state.sums,
+                return_state=True,
+                implementation=self.implementation,
+            )
+        before = jnp.zeros_like(segment_ids[:, 0]) if state is None else state.segment_ids
+        new_state = LinearState(sums, _last_segment(segment_ids, before))
+        y = y.reshape(*x.shape[:2], heads[2] * heads[3])
+        return Linear(d_model, name="out")(y), new_state
+
+    def _features(self, name: str, x, positions):
+        heads = Linear(self.num_heads * self.feature_dim, name=name)(x)
+        heads = heads.reshape(*x.shape[:2], self.num_heads, self.feature_dim)
+        return heads if self.rope_base is None else rotary(heads, positions, self.rope_base)
+
+    def _step(self, q, k, v, segment_ids, state):
+        """One token; a row whose token is padding keeps its sums."""
+        y, sums = linear_attention_decode(
+            state.sums, q, k, v, feature_map=self.feature_map, eps=self.eps
+        )
+        return y, _where(segment_ids[:, 0] > 0, sums, state.sums)
+
+
+def _forget_other_segments(state: LinearState, segment_ids: Int[Array, "B T"]) -> LinearState:
+    """The state, emptied in the rows whose next token belongs to another segment."""
+    index = jnp.argmax(segment_ids > 0, axis=1)[:, None]
+    upcoming = jnp.take_along_axis(segment_ids, index, axis=1)[:, 0]
+    continues = (upcoming == state.segment_ids) | (upcoming == 0)
+    empty = jax.tree.map(jnp.zeros_like, state.sums)
+    return state.replace(sums=_where(continues, state.sums, empty))
+
+
+def _last_segment(segment_ids: Int[Array, "B T"], before: Int[Array, " B"]) -> Int[Array, " B"]:
+    """The segment of the last token of each row that is not padding; `before` where there is none."""
+    reached = jnp.where(segment_ids > 0, jnp.arange(segment_ids.shape[1]), -1).max(axis=1)
+    last = jnp.take_along_axis(segment_ids, jnp.maximum(reached, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(reached >= 0, last, before)
+
+
+def _where(rows: Array, chosen, other):
+    """Leaves of `chosen` in the rows where the condition [B] holds, of `other` elsewhere."""
+    pick = lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
+    return jax.tree.map(pick, chosen, other)

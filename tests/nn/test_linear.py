@@ -1,0 +1,41 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.nn import Embed, Linear
+from effjax.nn.linear import lookup
+
+
+@pytest.mark.parametrize("use_bias", [False, True])
+def test_linear_is_x_w_plus_b(rng, use_bias):
+    x, kernel, bias = rng.normal(size=(2, 3, 5)), rng.normal(size=(5, 7)), rng.normal(size=7)
+    params = {"kernel": jnp.float32(kernel)} | ({"bias": jnp.float32(bias)} if use_bias else {})
+    layer = Linear(7, use_bias=use_bias)
+    shapes = jax.tree.map(jnp.shape, layer.init(jax.random.key(0), jnp.float32(x))["params"])
+    assert shapes == jax.tree.map(jnp.shape, params)
+    y = layer.apply({"params": params}, jnp.float32(x))
+    np.testing.assert_allclose(y, x @ kernel + bias * use_bias, rtol=1e-5, atol=1e-5)
+
+
+def test_linear_computes_in_the_dtype_of_x_from_float32_parameters():
+    y, variables = Linear(4, use_bias=True).init_with_output(
+        jax.random.key(0), jnp.ones((2, 3), jnp.bfloat16)
+    )
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+def test_linear_starts_with_unit_gain(rng):
+    x = rng.normal(size=(64, 512)).astype(np.float32)
+    y, _ = Linear(512).init_with_output(jax.random.key(int(rng.integers(2**31))), x)
+    assert 0.9 < np.std(y) < 1.1
+
+
+def test_embedding_rows_by_token(rng):
+    tokens = rng.integers(11, size=(2, 5))
+    table = Embed(11, 3).init_with_output(jax.random.key(0))[0]
+    assert table.shape == (11, 3)
+    x = lookup(table, jnp.asarray(tokens), "bfloat16")
+    assert x.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(x, np.asarray(table.astype(jnp.bfloat16))[tokens])

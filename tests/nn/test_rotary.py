@@ -1,0 +1,39 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from effjax.nn import rotary
+
+
+def test_pairs_turn_as_complex_numbers(rng):
+    x, positions = rng.normal(size=(2, 5, 3, 8)), rng.integers(1000, size=(2, 5))
+    base = rng.uniform(100, 10_000)
+    y = rotary(jnp.float32(x), jnp.asarray(positions), base)
+    pairs = x[..., :4] + 1j * x[..., 4:]
+    angles = positions[..., None, None] * base ** (-2 * np.arange(4) / 8)
+    turned = pairs * np.exp(1j * angles)
+    # float32 angles of up to 1000 radians are good to 6e-5.
+    expected = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(y, expected, atol=5e-4)
+
+
+def test_products_depend_on_the_distance_only(rng):
+    q, k = rng.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
+    at = lambda x, p: np.float64(rotary(jnp.asarray(x), jnp.full((1, 1), p)))  # noqa: E731
+    shift = int(rng.integers(1, 50))
+    np.testing.assert_allclose(
+        np.sum(at(q, 9) * at(k, 4)), np.sum(at(q, 9 + shift) * at(k, 4 + shift)), atol=1e-4
+    )
+    assert abs(np.sum(at(q, 9) * at(k, 4)) - np.sum(at(q, 9) * at(k, 5))) > 1e-6
+
+
+def test_keeps_the_dtype(rng):
+    x = jnp.asarray(rng.normal(size=(1, 3, 2, 4)), jnp.bfloat16)
+    y = rotary(x, jnp.zeros((1, 3), jnp.int32))
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, x)  # position 0 turns nothing
+
+
+def test_odd_head_dim_is_an_error():
+    with pytest.raises(ValueError, match="even head_dim, got 5"):
+        rotary(jnp.zeros((1, 1, 1, 5)), jnp.zeros((1, 1), jnp.int32))
