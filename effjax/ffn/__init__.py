@@ -1,5 +1,8 @@
 """Feed-forwards: `(x[B, T, D]) -> (y[B, T, D], aux)`."""
 
+from effjax.ffn.adamoe import AdaMoE
 from effjax.ffn.dense import Dense, Gated
+from effjax.ffn.switch import Switch
+from effjax.ffn.top_k import TopK
 
-__all__ = ["Dense", "Gated"]
+__all__ = ["AdaMoE", "Dense", "Gated", "Switch", "TopK"]

@@ -1,0 +1,156 @@
+"""What all mixtures of experts share: route, dispatch, report. How to route is up to each."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from effjax.ffn import dispatch
+from effjax.ffn.dense import activation
+from effjax.ffn.experts import Experts
+from effjax.nn import Linear, scalars
+from effjax.registry import unknown
+from effjax.routing.balance import load
+from effjax.routing.confidence import router_entropy, router_z_loss
+from effjax.routing.placement import capacity
+from effjax.routing.top_k import Assignment, check_choices
+
+DISPATCHES = ("capacity", "dropless")
+
+
+class MixtureOfExperts(nn.Module):
+    """A feed-forward that is a weighted sum of a few out of many (Shazeer et al., 1701.06538).
+
+    Concrete mixtures define `route`. Routing is in float32 whatever the dtype of x. The part sees
+    no segment ids: padding is routed like text. It comes last in its row, so it takes no text's
+    place in an expert, but it does count in the losses and metrics.
+
+    With `dispatch="capacity"` the time that a batch takes is that of the buffers, full or not;
+    `flops/spent` counts the rows in use. Few tokens leave most buffers empty, so decode with
+    `dispatch="dropless"`; the parameters are the same.
+
+    Reports `loss/load_balancing`, `loss/router_z`, `moe/fraction_dropped` (of the assignments to
+    true experts), `moe/router_entropy` (nats), `moe/mean_experts` (true experts computed for a
+    token), `moe/load_imbalance` (load of the busiest true expert over the mean load: 1 is even),
+    `flops/spent`, `flops/full` and `token/experts` [B, T].
+
+    Attributes:
+      num_experts: E, the true experts.
+      hidden_dim: hidden width of an expert; None means `gated_width(d_model)` if gated and
+        4 * d_model if not.
+      gated: whether experts are gated (SwiGLU with `silu`) or dense.
+      activation: one of `effjax.ffn.dense.ACTIVATIONS`.
+      dispatch: one of `DISPATCHES`.
+      capacity_factor: rows of an expert over the even share of the assignments to true experts,
+        for `dispatch="capacity"`.
+      balance_weight: weight of the load-balancing loss.
+      z_weight: weight of the router z-loss.
+      jitter: in training, the router sees x times noise from uniform(1 - jitter, 1 + jitter)
+        (Switch Transformer, arXiv 2101.03961, appendix C).
+      init_scale: scale of the initialisers of experts and router.
+    """
+
+    num_experts: int = 8
+    hidden_dim: int | None = None
+    gated: bool = True
+    activation: str = "silu"
+    dispatch: str = "capacity"
+    capacity_factor: float = 1.25
+    balance_weight: float = 0.01
+    z_weight: float = 1e-3
+    jitter: float = 0.0
+    init_scale: float = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choices(self.choices, self.num_experts, self.nulls)
+        activation(self.activation)
+        if self.dispatch not in DISPATCHES:
+            raise ValueError(unknown("dispatch", self.dispatch, DISPATCHES))
+        if self.hidden_dim is not None and self.hidden_dim < 1:
+            raise ValueError(f"hidden_dim={self.hidden_dim}; valid: None or at least 1")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter={self.jitter}; valid: 0 <= jitter < 1")
+        for field in ("capacity_factor", "init_scale"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field}={getattr(self, field)}; valid: greater than 0")
+        for field in ("balance_weight", "z_weight"):
+            if not getattr(self, field) >= 0:
+                raise ValueError(f"{field}={getattr(self, field)}; valid: 0 or greater")
+
+    @property
+    def choices(self) -> int:
+        """Experts that a token chooses, K."""
+        raise NotImplementedError
+
+    @property
+    def nulls(self) -> int:
+        """Null experts among those a token can choose, M."""
+        return 0
+
+    def route(self, logits: Float[Array, "B T EM"]) -> tuple[Assignment, scalars.Scalars]:
+        """Chooses the experts of each token; returns them with the weighted balancing losses."""
+        raise NotImplementedError
+
+    @property
+    def expected_experts(self) -> float:
+        """True experts that a token chooses when the load is even: K * E / (E + M)."""
+        return self.choices * self.num_experts / (self.num_experts + self.nulls)
+
+    def flops_per_token(self, d_model: int) -> float:
+        """Forward FLOPs of a token all of whose K choices are true experts and computed."""
+        return self._router_flops(d_model) + self.choices * self._experts().flops_per_row(d_model)
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T D"], *, train: bool = False):
+        """Returns (y [B, T, D], aux); a token that is given no expert gets exactly 0."""
+        logits = self._logits(x, train)
+        assignment, losses = self.route(logits)
+        experts = self._experts(parent=self, name="experts")
+        if self.dispatch == "capacity":
+            num_rows = capacity(
+                x.shape[1], self.expected_experts, self.num_experts, self.capacity_factor
+            )
+            y, kept = dispatch.capacity(experts, x, assignment, num_rows)
+        else:
+            y, kept = dispatch.dropless(experts, x, assignment)
+        losses["loss/router_z"] = self.z_weight * router_z_loss(logits)
+        return y, losses | self._report(assignment, kept, x.shape[-1])
+
+    def _logits(self, x: Float[Array, "B T D"], train: bool) -> Float[Array, "B T EM"]:
+        x = x.astype(jnp.float32)
+        if train and self.jitter:
+            key = self.make_rng("routing")
+            x *= jax.random.uniform(key, x.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
+        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
+        return Linear(self.num_experts + self.nulls, kernel_init=init, name="router")(x)
+
+    def _experts(self, parent: nn.Module | None = None, name: str | None = None) -> Experts:
+        return Experts(
+            self.num_experts,
+            self.hidden_dim,
+            self.gated,
+            self.activation,
+            self.init_scale,
+            parent=parent,
+            name=name,
+        )
+
+    def _router_flops(self, d_model: int) -> float:
+        return 2.0 * d_model * (self.num_experts + self.nulls)
+
+    def _report(
+        self, assignment: Assignment, kept: Bool[Array, "B T K"], d_model: int
+    ) -> scalars.Scalars:
+        used = jnp.sum(kept, axis=-1, dtype=jnp.float32)
+        chosen = jnp.sum(assignment.true, dtype=jnp.float32)
+        loads = load(assignment.indices, self.num_experts)
+        mean_experts = jnp.mean(used)
+        spent = self._router_flops(d_model) + mean_experts * self._experts().flops_per_row(d_model)
+        return {
+            "moe/fraction_dropped": 1 - jnp.sum(used) / jnp.maximum(chosen, 1.0),
+            "moe/router_entropy": router_entropy(assignment.probs),
+            "moe/mean_experts": mean_experts,
+            "moe/load_imbalance": jnp.max(loads) * self.num_experts,
+            "token/experts": used,
+        } | scalars.flops(spent, self.flops_per_token(d_model))

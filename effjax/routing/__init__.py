@@ -1,0 +1,1 @@
+"""Routing as pure functions: scores -> assignment, placement, balancing losses."""
