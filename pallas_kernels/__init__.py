@@ -1,0 +1,32 @@
+"""Attention, scan and mixture-of-experts kernels for JAX: one folder an op, one file a backend.
+
+Every op is a pure function with a custom VJP that works under `jax.jit`, `jax.vmap`, `jax.remat` and
+`jax.shard_map`; `implementation=None` takes the best for the platform. `OPS` lists them with their
+implementations.
+"""
+
+from pallas_kernels import attention as _attention
+from pallas_kernels import grouped_matmul as _grouped_matmul
+from pallas_kernels import linear_attention as _linear_attention
+from pallas_kernels.attention import attention
+from pallas_kernels.grouped_matmul import grouped_matmul
+from pallas_kernels.linear_attention import (
+    LinearAttentionState,
+    linear_attention,
+    linear_attention_decode,
+)
+
+OPS = {
+    "attention": _attention.IMPLEMENTATIONS,
+    "linear_attention": _linear_attention.IMPLEMENTATIONS,
+    "grouped_matmul": _grouped_matmul.IMPLEMENTATIONS,
+}
+
+__all__ = [
+    "OPS",
+    "LinearAttentionState",
+    "attention",
+    "grouped_matmul",
+    "linear_attention",
+    "linear_attention_decode",
+]

@@ -1,0 +1,247 @@
+"""Attention in pure JAX: a loop over tiles with a running softmax, and FlashAttention-2's backward.
+
+Memory is linear in time, and tiles that the mask leaves empty are never visited (Dao, "FlashAttention-2", arXiv
+2307.08691, algorithms 1 and 2). Three choices make it fast on a CPU:
+
+- The logits of a tile lie transposed, [keys, rows]. Then the statistics of the rows broadcast along the minor axis,
+  the reductions run over the major one, and every large operand of the seven matrix products is contiguous in the
+  axis that it is contracted over or streamed along; the outputs accumulate as [D, rows] and are turned once.
+- A tile is as large as the caches, whatever the batch: all heads of the batch are in it.
+- Blocks are the leading axis of every array, so that a loop step takes one contiguous piece.
+
+The rows of a tile are the queries of all heads that share a key head, so that grouped-query attention reads each
+key once and never repeats it. Inside, q is [blocks, B, Hkv, rows, D], k is [blocks, B, Hkv, keys, D].
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention.mask import PADDING, Mask, Tokens
+from pallas_kernels.varying import vary_alike
+
+# Entries in a tile of logits, over all of batch and heads: 1 MiB of float32, the L2 caches of two cores.
+TILE = 2**18
+SMALLEST_BLOCK, LARGEST_BLOCK = 64, 512
+# Below any logit, and finite: the difference of two of them is 0.
+LOWEST = -1e30
+
+
+@dataclasses.dataclass(frozen=True)
+class _Spec:
+    """The static arguments of the op, and the length of its blocks."""
+
+    mask: Mask
+    scale: float
+    logits_soft_cap: float | None
+    group: int
+    q_block: int
+    k_block: int
+
+
+def attention(q, k, v, queries: Tokens, keys: Tokens, *, mask: Mask, scale, logits_soft_cap):
+    """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`; see the package for the arguments."""
+    target = math.sqrt(TILE / (q.shape[0] * q.shape[2]))
+    target = min(max(2 ** round(math.log2(target)), SMALLEST_BLOCK), LARGEST_BLOCK)
+    q_block, k_block = (_block_length(x.shape[1], target) for x in (q, k))
+    spec = _Spec(mask, scale, logits_soft_cap, q.shape[2] // k.shape[2], q_block, k_block)
+    return _attention(spec, *vary_alike((q, k, v, queries, keys)))
+
+
+def _block_length(length: int, target: int) -> int:
+    """Equal blocks of at most `target`, a multiple of 8 for the vector units."""
+    num_blocks = -(-length // target)
+    block = -(-length // num_blocks)
+    return block if num_blocks == 1 else -(-block // 8) * 8
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(spec, q, k, v, queries, keys):
+    return _forward(spec, q, k, v, queries, keys)[0]
+
+
+def _forward(spec, q, k, v, queries, keys):
+    ranges = _visits(spec.mask.num_queries, spec.q_block, spec.k_block, spec.mask.keys_of)
+    blocks = (*ranges, _rows(spec, q), _row_tokens(spec, queries))
+    k_blocks, v_blocks, key_blocks = _keys(spec, k), _keys(spec, v), _key_tokens(spec, keys)
+    dtype = _accumulator(q.dtype)
+
+    def query_block(_, block):
+        first, last, q, queries = block
+
+        def key_block(j, carry):
+            out, total, highest = carry
+            k, v, keys = jax.tree.map(lambda x: x[j], (k_blocks, v_blocks, key_blocks))
+            logits = jnp.where(_allowed(spec, queries, keys), _logits(spec, q, k), -jnp.inf)
+            new_highest = jnp.maximum(highest, logits.max(axis=-2, keepdims=True))
+            weights = jnp.exp(logits - new_highest)
+            rescale = jnp.exp(highest - new_highest)
+            out = out * rescale + _dot("bnkd,bnkr->bndr", v, weights.astype(v.dtype))
+            return out, total * rescale + weights.sum(axis=-2, keepdims=True), new_highest
+
+        shape = (*q.shape[:2], 1, q.shape[2])
+        out = jnp.zeros_like(q, dtype, shape=(*shape[:2], v_blocks.shape[-1], shape[3]))
+        total = jnp.zeros_like(q, dtype, shape=shape)
+        carry = (out, total, total + LOWEST)
+        out, total, highest = jax.lax.fori_loop(first, last, key_block, carry)
+        return None, (out / jnp.where(total == 0, 1, total), highest + jnp.log(total))
+
+    _, (out, lse) = jax.lax.scan(query_block, None, blocks)
+    out = _from_rows(spec, out).astype(v.dtype)
+    lse = _from_rows(spec, lse)[..., 0]
+    return (out, lse), (q, k, v, queries, keys, out, lse)
+
+
+def _backward(spec, saved, cotangents):
+    q, k, v, queries, keys, out, lse = saved
+    d_out, d_lse = cotangents
+    dtype = lse.dtype
+    # d logits = weights * (d_out vᵀ - delta) with delta = d_out · out (Dao 2023, section 2.3.2); the gradient of the
+    # log-sum-exp is the weights themselves. A row that sees nothing passes no gradient.
+    empty = jnp.isneginf(lse)
+    delta = jnp.sum(d_out.astype(dtype) * out.astype(dtype), axis=-1) - d_lse
+    row_blocks = (
+        _rows(spec, q),
+        _rows(spec, d_out.astype(v.dtype)),
+        _row_statistic(spec, jnp.where(empty, 0, lse)),
+        _row_statistic(spec, jnp.where(empty, 0, delta)),
+        _row_tokens(spec, queries),
+    )
+    ranges = _visits(spec.mask.num_keys, spec.k_block, spec.q_block, spec.mask.queries_of)
+    blocks = (*ranges, _keys(spec, k), _keys(spec, v), _key_tokens(spec, keys))
+
+    def key_block(dq_blocks, block):
+        first, last, k, v, keys = block
+
+        def query_block(i, carry):
+            dq_blocks, dk, dv = carry
+            rows = jax.tree.map(lambda x: x[i], row_blocks)
+            dq_tile, dk_tile, dv_tile = _tile_backward(spec, rows, k, v, keys)
+            dq_blocks = jax.lax.dynamic_update_index_in_dim(
+                dq_blocks, dq_blocks[i] + dq_tile, i, axis=0
+            )
+            return dq_blocks, dk + dk_tile, dv + dv_tile
+
+        carry = (dq_blocks, jnp.zeros_like(k, dtype), jnp.zeros_like(v, dtype))
+        dq_blocks, dk, dv = jax.lax.fori_loop(first, last, query_block, carry)
+        return dq_blocks, (dk, dv)
+
+    dq = jnp.zeros_like(row_blocks[0].swapaxes(-1, -2), dtype)
+    dq, (dk, dv) = jax.lax.scan(key_block, dq, blocks)
+    dq = _from_rows(spec, dq).astype(q.dtype)
+    dk = _from_keys(spec, dk).astype(k.dtype)
+    dv = _from_keys(spec, dv).astype(v.dtype)
+    return dq, dk, dv, None, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+# One tile.
+
+
+def _tile_backward(spec, rows, k, v, keys):
+    """What one tile adds to the gradients: dq [B, Hkv, D, rows], dk and dv [B, Hkv, keys, D]."""
+    q, d_out, lse, delta, queries = rows
+    logits = _logits(spec, q, k)
+    weights = jnp.where(_allowed(spec, queries, keys), jnp.exp(logits - lse), 0)
+    d_weights = _dot("bnkd,bnrd->bnkr", v, d_out)
+    d_logits = spec.scale * weights * (d_weights - delta)
+    if spec.logits_soft_cap is not None:
+        # d tanh(x) = 1 - tanh(x)²
+        d_logits *= 1 - jnp.square(logits / spec.logits_soft_cap)
+    d_logits = d_logits.astype(k.dtype)
+    dq = _dot("bnkd,bnkr->bndr", k, d_logits)
+    dk = _dot("bnkr,bnrd->bnkd", d_logits, q)
+    dv = _dot("bnkr,bnrd->bnkd", weights.astype(v.dtype), d_out)
+    return dq, dk, dv
+
+
+def _logits(spec, q, k):
+    """Logits [B, Hkv, keys, rows] before the mask."""
+    logits = spec.scale * _dot("bnkd,bnrd->bnkr", k, q)
+    if spec.logits_soft_cap is None:
+        return logits
+    return spec.logits_soft_cap * jnp.tanh(logits / spec.logits_soft_cap)
+
+
+def _allowed(spec, queries: Tokens, keys: Tokens):
+    return spec.mask.allowed(queries.as_columns(), keys.as_rows())[:, None]
+
+
+def _dot(equation, x, y):
+    return jnp.einsum(equation, x, y, preferred_element_type=_accumulator(x.dtype))
+
+
+def _accumulator(dtype):
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# Blocks.
+
+
+def _visits(length: int, block: int, other_block: int, reach) -> tuple[np.ndarray, np.ndarray]:
+    """For each block, the first and the end of the blocks on the other side that `reach` says it touches."""
+    ranges = [reach(start, min(start + block, length)) for start in range(0, length, block)]
+    first = [low // other_block for low, _ in ranges]
+    last = [-(-high // other_block) if high > low else low // other_block for low, high in ranges]
+    return np.array(first, np.int32), np.array(last, np.int32)
+
+
+def _split(x, axis: int, block: int, fill=0):
+    """[..., T, ...] -> [..., blocks, block, ...], padded with `fill`."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, -x.shape[axis] % block)
+    x = jnp.pad(x, padding, constant_values=fill)
+    return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+
+
+def _rows(spec, x):
+    """[B, Tq, H, D] -> [blocks, B, Hkv, rows, D]: the rows of a block are its queries of each head of the group."""
+    x = _split(x, 1, spec.q_block)
+    x = x.reshape(*x.shape[:3], -1, spec.group, x.shape[-1])
+    x = x.transpose(1, 0, 3, 4, 2, 5)
+    return x.reshape(*x.shape[:3], -1, x.shape[-1])
+
+
+def _from_rows(spec, x):
+    """[blocks, B, Hkv, D, rows] -> [B, Tq, H, D]."""
+    blocks, batch, heads, dim, _ = x.shape
+    x = x.reshape(blocks, batch, heads, dim, spec.group, spec.q_block).transpose(1, 0, 5, 2, 4, 3)
+    return x.reshape(batch, -1, heads * spec.group, dim)[:, : spec.mask.num_queries]
+
+
+def _row_statistic(spec, x):
+    """[B, Tq, H] -> [blocks, B, Hkv, 1, rows]."""
+    return _rows(spec, x[..., None]).swapaxes(-1, -2)
+
+
+def _row_tokens(spec, queries: Tokens) -> Tokens:
+    """[B, Tq] -> [blocks, B, rows]."""
+    return jax.tree.map(
+        lambda x: jnp.tile(_split(x, 1, spec.q_block).swapaxes(0, 1), spec.group), queries
+    )
+
+
+def _keys(spec, x):
+    """[B, Tk, Hkv, D] -> [blocks, B, Hkv, keys, D]."""
+    return _split(x, 1, spec.k_block).transpose(1, 0, 3, 2, 4)
+
+
+def _from_keys(spec, x):
+    """[blocks, B, Hkv, keys, D] -> [B, Tk, Hkv, D]."""
+    x = x.transpose(1, 0, 3, 2, 4)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, : spec.mask.num_keys]
+
+
+def _key_tokens(spec, keys: Tokens) -> Tokens:
+    """[B, Tk] -> [blocks, B, keys]."""
+    position = _split(keys.position, 1, spec.k_block, PADDING).swapaxes(0, 1)
+    segment = keys.segment
+    return Tokens(
+        position, None if segment is None else _split(segment, 1, spec.k_block).swapaxes(0, 1)
+    )

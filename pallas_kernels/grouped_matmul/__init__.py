@@ -1,0 +1,54 @@
+"""Grouped matrix product: signature, validation and dispatch."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.dispatch import Implementation, select
+from pallas_kernels.grouped_matmul import reference, xla
+
+IMPLEMENTATIONS = {
+    "xla": Implementation(xla.grouped_matmul),
+    "reference": Implementation(reference.grouped_matmul),
+}
+
+
+def grouped_matmul(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+    """Rows sorted by group, each times its group's matrix: what a dropless mixture of experts is made of.
+
+    The first `group_sizes[0]` rows of `lhs` are multiplied by `rhs[0]`, the next `group_sizes[1]` by `rhs[1]`, and
+    so on; rows past the sum give 0 and cost (next to) nothing. Differentiable in lhs and rhs. Gale et al., "MegaBlocks:
+    efficient sparse training with mixture-of-experts", arXiv 2211.15841, section 5.
+
+    Args:
+        lhs: float [M, K].
+        rhs: float [G, K, N].
+        group_sizes: int [G], not negative, of sum at most M. The values are not checked.
+        implementation: "xla" or "reference"; None takes the best for this platform.
+
+    Returns:
+        [M, N] in lhs's dtype, accumulated in at least float32.
+
+    Raises:
+        ValueError: an argument is malformed, or `implementation` cannot run on this platform.
+    """
+    for name, x, ndim, axes in (("lhs", lhs, 2, "[M, K]"), ("rhs", rhs, 3, "[G, K, N]")):
+        if jnp.ndim(x) != ndim:
+            raise ValueError(f"grouped_matmul: {name} must be {axes}, not of shape {jnp.shape(x)}")
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"grouped_matmul: {name} must be floating point, not {x.dtype}")
+        if 0 in x.shape:
+            raise ValueError(f"grouped_matmul: {name} has an axis of size 0: {x.shape}")
+    if lhs.dtype != rhs.dtype:
+        raise ValueError(f"grouped_matmul: rhs has dtype {rhs.dtype} but lhs has {lhs.dtype}; cast one")
+    if lhs.shape[1] != rhs.shape[1]:
+        raise ValueError(f"grouped_matmul: rhs {rhs.shape} must have K={lhs.shape[1]} rows, as lhs has columns")
+    if jnp.shape(group_sizes) != rhs.shape[:1]:
+        raise ValueError(
+            f"grouped_matmul: group_sizes must be of shape {rhs.shape[:1]}, not {jnp.shape(group_sizes)}"
+        )
+    if not jnp.issubdtype(jnp.result_type(group_sizes), jnp.integer):
+        raise ValueError(f"grouped_matmul: group_sizes must be integer, not {jnp.result_type(group_sizes)}")
+    function = select("grouped_matmul", IMPLEMENTATIONS, implementation)
+    return function(lhs, rhs, jnp.asarray(group_sizes, jnp.int32))
