@@ -38,14 +38,20 @@ class Block(nn.Module):
         train: bool = False,
     ):
         """Returns (x [B, T, D], the mixer's new state, aux)."""
+        flops = self._mixer_flops(x, state)
         mixed, state = self.mixer(
             self.mixer_norm(x), positions=positions, segment_ids=segment_ids, state=state
         )
         x = x + mixed
-        aux = [scalars.flops(self.mixer.flops_per_token(x.shape[-1], x.shape[1]))]
+        aux = [scalars.flops(flops)]
         if self.ffn is not None:
             update, ffn_aux = self.ffn(self.ffn_norm(x), train=train)
             x = x + update
             aux.append(ffn_aux)
         x = nn.with_logical_constraint(x, ("batch", "length", None))
         return x, state, scalars.combine(aux)
+
+    def _mixer_flops(self, x, state):
+        if getattr(state, "frozen", False):
+            return self.mixer.flops_per_token(x.shape[-1], state.k.shape[1], reads_only=True)
+        return self.mixer.flops_per_token(x.shape[-1], x.shape[1])

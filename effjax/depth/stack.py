@@ -26,14 +26,14 @@ def fresh(part: nn.Module, **fields) -> nn.Module:
 class Stack(nn.Module):
     """Blocks applied one after the other.
 
-    A depth policy gets an unbound stack of all the layers that the model was given, takes the ones it wants and binds them
-    under itself; a bound stack that is called twice applies the same parameters twice.
+    A depth policy gets an unbound stack of all the layers that the model was given, takes the ones it wants and
+    binds them under itself; a bound stack that is called twice applies the same parameters twice.
 
     Attributes:
       blocks: the layers, in order.
       remat: which activations the backward pass recomputes, one of `REMAT_POLICIES`.
-      scan_layers: compile one repeat of the layer pattern and scan over the repeats, with parameters stacked on a leading
-        axis. Compile time no longer grows with depth.
+      scan_layers: compile one repeat of the layer pattern and scan over the repeats, with parameters stacked on
+        a leading axis. Compile time no longer grows with depth.
     """
 
     blocks: tuple[Block, ...]
@@ -44,7 +44,7 @@ class Stack(nn.Module):
         return len(self.blocks)
 
     def take(self, indices: Iterable[int]) -> "Stack":
-        """An unbound stack of copies of the blocks at `indices`, for a policy to bind by `clone(parent=..., name=...)`."""
+        """An unbound stack of copies of those blocks, for a policy to bind by `clone(parent=..., name=...)`."""
         blocks = tuple(fresh(self.blocks[i]) for i in indices)
         return Stack(blocks, self.remat, self.scan_layers, parent=None)
 

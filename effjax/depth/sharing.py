@@ -1,0 +1,106 @@
+"""Which parameters each layer of a recursive Transformer uses.
+
+The four strategies of Mixture-of-Recursions (Bae et al., 2025, arXiv 2507.10524, section 2.1), for 6 shared
+layers and 3 recursions, with A and B the unique blocks and F and L the unique first and last layer:
+
+    cycle              A B A B A B        middle_cycle       F A B A B A B L
+    sequence           A A A B B B        middle_sequence    F A A A B B B L
+"""
+
+import dataclasses
+
+import flax.linen as nn
+
+from effjax.depth.stack import Stack
+from effjax.nn import scalars
+from effjax.registry import unknown
+
+STRATEGIES = ("cycle", "sequence", "middle_cycle", "middle_sequence")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the layers of a stack become a recursive Transformer.
+
+    Layers that are always applied together form one shared stack: a cycle has one of all its unique blocks, a
+    sequence has one for each block. A unique block is built like the first layer that it stands for.
+
+    Attributes:
+      first: layers with parameters of their own that every token passes before the recursions.
+      shared: layers of each shared stack.
+      steps: for each recursion, the shared stacks that it applies, in order.
+      last: layers with parameters of their own that every token passes after the recursions.
+    """
+
+    first: tuple[int, ...]
+    shared: tuple[tuple[int, ...], ...]
+    steps: tuple[tuple[int, ...], ...]
+    last: tuple[int, ...]
+
+    @classmethod
+    def of(cls, strategy: str, num_layers: int, num_recursions: int) -> "Layout":
+        """The layout of a strategy over `num_layers` effective layers.
+
+        A recursion is a run of as many consecutive layers as there are unique blocks. In a cycle these are the
+        blocks in order, so every recursion is the same function; in a sequence, recursions differ.
+
+        Raises:
+          ValueError: for an unknown strategy, or layers that do not divide into the recursions.
+        """
+        if strategy not in STRATEGIES:
+            raise ValueError(unknown("sharing", strategy, STRATEGIES))
+        if num_recursions < 1:
+            raise ValueError(f"num_recursions={num_recursions}; valid: at least 1")
+        ends = 1 if strategy.startswith("middle_") else 0
+        depth, remainder = divmod(num_layers - 2 * ends, num_recursions)
+        if depth < 1 or remainder:
+            valid = ", ".join(str(2 * ends + k * num_recursions) for k in (1, 2, 3))
+            raise ValueError(
+                f"num_layers={num_layers} with sharing={strategy!r} and num_recursions={num_recursions}; "
+                f"valid: num_layers of {valid}, ..."
+            )
+        if strategy.endswith("cycle"):
+            shared = (tuple(range(ends, ends + depth)),)
+            steps = ((0,),) * num_recursions
+        else:
+            shared = tuple((ends + block * num_recursions,) for block in range(depth))
+            blocks = tuple(layer // num_recursions for layer in range(depth * num_recursions))
+            steps = tuple(blocks[r * depth : (r + 1) * depth] for r in range(num_recursions))
+        return cls((0,) * ends, shared, steps, (num_layers - 1,) * ends)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layer whose parameters each of the effective layers uses, in order."""
+        recursions = (self.shared[i] for step in self.steps for i in step)
+        return self.first + tuple(layer for layers in recursions for layer in layers) + self.last
+
+    def bind(
+        self, stack: Stack, parent: nn.Module
+    ) -> tuple[tuple[Stack, ...], list[tuple[Stack, ...]], tuple[Stack, ...]]:
+        """The stacks bound under `parent`: those before the recursions, those of each recursion, and those after.
+
+        A shared stack is one bound module wherever it occurs, so applying it again reuses its parameters.
+        """
+
+        def bound(name, layers):
+            return stack.take(layers).clone(parent=parent, name=name)
+
+        count = len(self.shared)
+        names = ["shared"] if count == 1 else [f"shared_{i}" for i in range(count)]
+        shared = [bound(name, layers) for name, layers in zip(names, self.shared, strict=True)]
+        first = (bound("first", self.first),) if self.first else ()
+        last = (bound("last", self.last),) if self.last else ()
+        return first, [tuple(shared[i] for i in step) for step in self.steps], last
+
+
+def run(stacks: tuple[Stack, ...], x, *, positions, segment_ids, states=None, train=False):
+    """Applies stacks one after the other. Returns (x, the states of each stack, aux)."""
+    new_states, reports = [], []
+    for i, stack in enumerate(stacks):
+        given = None if states is None else states[i]
+        x, state, aux = stack(
+            x, positions=positions, segment_ids=segment_ids, states=given, train=train
+        )
+        new_states.append(state)
+        reports.append(aux)
+    return x, tuple(new_states), scalars.combine(reports)
