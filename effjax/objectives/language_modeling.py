@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from effjax.objectives.randomness import streams
 from effjax.registry import register
 
 
@@ -25,15 +26,13 @@ def next_token(
       The loss in nats per target, and metrics: `cross_entropy` (nats per target), `weight` (number of targets, by which
       means over batches must be weighted) and what the model reports.
     """
-    train = rng is not None
-    rngs = dict(zip(("routing", "dropout"), jax.random.split(rng), strict=True)) if train else None
     out = model.apply(
         variables,
         batch["tokens"],
         positions=batch["positions"],
         segment_ids=batch["segment_ids"],
-        train=train,
-        rngs=rngs,
+        train=rng is not None,
+        rngs=streams(rng),
     )
     mask = batch["loss_mask"]
     weight = jnp.sum(mask)
