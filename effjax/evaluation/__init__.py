@@ -1,0 +1,8 @@
+"""Evaluation: held-out loss, recall, retrieval, cost, and a report with plots of all of it.
+
+report = effjax.evaluation.evaluate(None, "runs/mor")
+"""
+
+from effjax.evaluation.run import evaluate, evaluate_variables
+
+__all__ = ["evaluate", "evaluate_variables"]

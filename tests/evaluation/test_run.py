@@ -1,0 +1,218 @@
+"""Evaluation of whole runs, with real data, models and checkpoints; only the training is left out."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+from matplotlib.image import imread
+
+from effjax import data, evaluation, models
+from effjax.checkpoint import CheckpointError, Checkpoints, save_config
+from effjax.evaluation.heldout import evaluate_language_model
+from effjax.training.state import init_state
+
+SMALL = {"d_model": 16, "ffn": {"hidden_dim": 16}, "max_seq_len": 64}
+EVALUATION = {"num_batches": 2, "latency_runs": 2}
+
+
+def config_of(model, source, **overrides):
+    return {
+        "seed": 0,
+        "model": models.spec(model, **SMALL | overrides),
+        "data": {"source": source, "seq_len": 64, "batch_size": 4},
+        "objective": {"name": "next_token"},
+        "evaluation": EVALUATION,
+    }
+
+
+def save_run(config, workdir, steps=(3,)):
+    """A workdir as training leaves it, the parameters of each step drawn from that seed."""
+    workdir.mkdir(exist_ok=True)
+    save_config(workdir, config)
+    model = models.create(**config["model"])
+    iterator = data.build(config["data"], split="train")
+    with Checkpoints(workdir) as checkpoints:
+        for step in steps:
+            state = state_of(model, step)
+            checkpoints.save(state.replace(step=np.int32(step)), iterator, {})
+    iterator.close()
+
+
+def state_of(model, seed):
+    batch = {"tokens": np.zeros((1, 64), np.int32)}
+    return jax.jit(lambda: init_state(model, batch, optax.sgd(0.1), seed, ema=False))()
+
+
+@pytest.fixture(scope="module")
+def text_source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    rng = np.random.default_rng(0)
+    words = [bytes(rng.integers(97, 123, 4).tolist()) for _ in range(20)]
+    for i in range(30):
+        (folder / f"{i}.txt").write_bytes(b" ".join(rng.choice(words, 60)))
+    return {"name": "text", "paths": [str(folder / "*.txt")], "heldout_fraction": 0.4}
+
+
+@pytest.fixture(scope="module")
+def run(text_source, tmp_path_factory):
+    """(config, workdir, report) of a Mixture-of-Recursions with two checkpoints, evaluated once."""
+    config = config_of("mor", text_source, num_layers=5)
+    workdir = tmp_path_factory.mktemp("runs") / "mor"
+    save_run(config, workdir, steps=(3, 7))
+    return config, workdir, evaluation.evaluate(None, workdir)
+
+
+def test_report_is_on_disk_with_what_suits_the_model(run):
+    _, workdir, report = run
+    assert json.loads((workdir / "report.json").read_text()) == report
+    assert report["model"] == "mor"
+    assert report["step"] == 7
+    assert report["parameters"]["active"] == report["parameters"]["total"]
+    cost = report["cost"]
+    assert cost["flops_per_token"] > 0
+    assert cost["flops_per_token"] <= cost["flops_per_token_if_nothing_is_skipped"]
+    assert 1 <= report["token_depth"]["mean"] <= 3
+    depths = {row["value"]: row["tokens"] for row in report["token_depth"]["counts"]}
+    assert sum(depths.values()) == report["heldout"]["tokens"]
+    assert set(depths) <= {1.0, 2.0, 3.0}
+    assert f"{report['heldout']['bits_per_byte']:.4g}" in (workdir / "report.txt").read_text()
+
+
+def test_numbers_are_those_of_the_checkpoint_on_the_first_heldout_batches(run):
+    config, _, report = run
+    model = models.create(**config["model"])
+    tokenizer = data.tokenizer(config["data"])
+    batches = itertools.islice(data.build(config["data"], split="heldout"), 2)
+    found = evaluate_language_model(
+        model, state_of(model, 7).variables(), batches, tokenizer.token_num_bytes
+    )
+    assert report["heldout"]["loss"] == pytest.approx(found.loss, rel=1e-6)
+    assert report["heldout"]["tokens"] == found.token_counts.sum()
+    # About what random parameters give: a byte costs a byte, and n-grams of 20 words less.
+    assert 6 < report["heldout"]["bits_per_byte"] < 12
+    assert report["heldout"]["baselines"]["bigram_bits_per_byte"] < 4
+    assert report["heldout"]["baselines"]["unigram_bits_per_byte"] < 5
+    by_position = report["heldout"]["by_position"]
+    assert sum(row["tokens"] for row in by_position) == report["heldout"]["tokens"]
+
+
+def test_plots_are_where_the_report_says(run):
+    _, workdir, report = run
+    assert set(report["plots"]) == {
+        "plots/loss_by_position.png",
+        "plots/histogram_depth.png",
+        "plots/text_depth.png",
+        "plots/text_depth.html",
+    }
+    for name in report["plots"]:
+        assert (workdir / name).stat().st_size > 1000
+        if name.endswith(".png"):
+            assert imread(workdir / name).std() > 0.01
+
+
+def test_an_earlier_checkpoint_can_be_chosen(run):
+    config, workdir, report = run
+    chosen = config | {"evaluation": EVALUATION | {"step": 3}}
+    earlier = evaluation.evaluate(chosen, workdir)
+    assert earlier["step"] == 3
+    assert earlier["heldout"]["loss"] != report["heldout"]["loss"]
+    with pytest.raises(CheckpointError, match=r"step 5 .* 3, 7"):
+        evaluation.evaluate(config | {"evaluation": EVALUATION | {"step": 5}}, workdir)
+
+
+def test_another_model_than_the_trained_one_is_an_error(run):
+    config, workdir, _ = run
+    before = (workdir / "report.json").read_text()
+    other = config | {"model": config["model"] | {"d_model": 32, "dtype": "bfloat16"}}
+    with pytest.raises(ValueError, match=r"model\.d_model \(there: 16, given: 32\)") as error:
+        evaluation.evaluate(other, workdir)
+    assert "model.dtype" in str(error.value)
+    assert "model.num_layers" not in str(error.value)
+    assert (workdir / "report.json").read_text() == before
+
+
+def test_embedder_is_evaluated_by_retrieval(tmp_path):
+    source = {"name": "stdlib_pairs"}
+    config = config_of("matryoshka", source, num_layers=1)
+    config["objective"] = {"name": "contrastive", "matryoshka_dims": [4, 16]}
+    model = models.create(**config["model"])
+    variables = state_of(model, 0).variables()
+    report = evaluation.evaluate_variables(config, model, variables, tmp_path)
+    assert report["step"] is None
+    assert "heldout" not in report
+    found = report["retrieval"]
+    assert found["queries"] <= 8
+    assert {row["dims"][-1] for row in found["curve"]} == {4, 16}
+    assert found["recall@1 with 4"] <= found["recall@5 with 4"] <= 1
+    assert set(report["plots"]) == {
+        "plots/recall_by_dimension.png",
+        "plots/adaptive_retrieval.png",
+    }
+    assert report["cost"]["flops_per_token"] > 0
+    assert report["cost"]["decode_state_bytes_per_sequence"] is None
+
+
+def test_generated_recall_is_measured_by_its_answers(tmp_path):
+    source = {"name": "associative_recall", "num_pairs": 4, "vocab_size": 64}
+    config = config_of("transformer", source, num_layers=1)
+    model = models.create(**config["model"])
+    report = evaluation.evaluate_variables(config, model, state_of(model, 0).variables(), tmp_path)
+    found = report["associative_recall"]
+    assert found["answers"] == 2 * 4 * 4
+    assert 0 <= found["accuracy"] <= 1
+    assert sum(row["answers"] for row in found["by_distance"]) == found["answers"]
+    assert report["heldout"]["bits_per_byte"] is None
+    assert "baselines" not in report["heldout"]
+    assert "plots/associative_recall.png" in report["plots"]
+
+
+def test_a_workdir_without_a_run_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        evaluation.evaluate(None, tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_run_without_a_checkpoint_is_an_error(text_source, tmp_path):
+    save_config(tmp_path, config_of("transformer", text_source))
+    with pytest.raises(CheckpointError, match="checkpoint"):
+        evaluation.evaluate(None, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_variables_may_live_on_a_mesh(text_source, tmp_path):
+    config = config_of("transformer", text_source, num_layers=1)
+    model = models.create(**config["model"])
+    variables = state_of(model, 0).variables()
+    mesh = jax.make_mesh((len(jax.devices()),), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    report = evaluation.evaluate_variables(
+        config,
+        model,
+        jax.device_put(variables, sharding),
+        tmp_path,
+        on_devices=lambda batch: jax.device_put(dict(batch), sharding),
+    )
+    assert np.isfinite(report["heldout"]["loss"])
+
+
+def test_the_command_prints_the_table_and_says_what_it_wrote(text_source, tmp_path):
+    config = config_of("transformer", text_source, num_layers=1)
+    save_run(config, tmp_path / "run")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, root / "eval.py", f"--workdir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "report.txt").read_text() in done.stdout
+    assert "report.json and plots/loss_by_position.png" in done.stdout
+    assert "orbax" not in done.stderr
