@@ -11,15 +11,17 @@ from effjax.registry import register
 @register("source", "associative_recall")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AssociativeRecall:
-    """Rows of key-value pairs, then queries of the keys, whose next token is the value (MQAR).
+    """Rows of key-value pairs, then queries of the keys, whose targets are the values (MQAR).
 
-        k1 v1 k2 v2 k3 v3 ... k2 v2 . . k3 v3 . . . .         (. is filler)
+        tokens   k1 v1 k2 v2 k3 v3 . . k2 .  . . k3 .  k1 .  . .      (. is filler)
+        targets                        v2        v3    v1             (where the loss counts)
 
     Arora et al., 2023, "Zoology", arXiv 2312.04927, section 3 and appendix. Every query falls on a slot of two tokens
     after the pairs; the slots are drawn without replacement with probability ~ slot^(power_a - 1), so that most
-    queries come soon and a few come late, as repetitions in text do. The answer itself follows its query, as in text
-    (the authors have noise there), so targets are always the next token; the loss counts answers only. Filler is drawn
-    from the whole vocabulary except the row's keys, so that a key is asked for whenever it is seen again.
+    queries come soon and a few come late, as repetitions in text do. As in the authors' data the answer is not written
+    behind its query, or the values still to come could be guessed by elimination (half of four pairs, with no pair
+    remembered); so at queries, and only there, the target is not the next token. Filler is drawn from the whole
+    vocabulary except the row's keys, so that a key is asked for whenever it is seen again.
 
     To answer, a mixer has to keep every pair of the row: 2 num_pairs log2(vocab_size / 2) bits at most, which makes
     recall against the size of its state (`effjax.models.state_size`) a curve worth plotting.
@@ -103,12 +105,13 @@ class Rows:
         sequence[:first:2], sequence[1:first:2] = keys, values
         asked = rng.choice(task.num_pairs, task.queries, replace=False)
         at = first + 2 * self._slots(rng, (self.seq_len + 1 - first) // 2)
-        sequence[at], sequence[at + 1] = keys[asked], values[asked]
+        sequence[at] = keys[asked]
+        tokens, targets = sequence[:-1].astype(np.int32), sequence[1:].astype(np.int32)
         loss_mask = np.zeros(self.seq_len, np.float32)
-        loss_mask[at] = 1
+        targets[at], loss_mask[at] = values[asked], 1
         return {
-            "tokens": sequence[:-1].astype(np.int32),
-            "targets": sequence[1:].astype(np.int32),
+            "tokens": tokens,
+            "targets": targets,
             "positions": np.arange(self.seq_len, dtype=np.int32),
             "segment_ids": np.ones(self.seq_len, np.int32),
             "loss_mask": loss_mask,

@@ -43,10 +43,22 @@ def test_the_context_determines_every_answer(seed, fields, seq_len, split):
         assert {t for t in range(seq_len) if tokens[t] in table} == {*range(0, context, 2), *asked}
 
 
+def test_answers_are_not_written_behind_their_queries(seed):
+    """What follows a query is filler, which is the answer no more often than any other token."""
+    rows = AssociativeRecall(num_pairs=8, vocab_size=64, seed=seed).rows("train", 65)
+    given = [
+        row["tokens"][1:][row["loss_mask"][:-1] > 0]
+        == row["targets"][:-1][row["loss_mask"][:-1] > 0]
+        for row in (rows[i] for i in range(200))
+    ]
+    assert np.mean(np.concatenate(given)) < 0.05  # 1 / 56 expected of 1600
+
+
 @pytest.mark.parametrize("fields", TASKS)
 def test_rows_have_the_form_of_language_model_rows(seed, fields):
     row = AssociativeRecall(**fields, seed=seed).rows("train", 64)[5]
-    np.testing.assert_array_equal(row["tokens"][1:], row["targets"][:-1])
+    between = row["loss_mask"][:-1] == 0
+    np.testing.assert_array_equal(row["tokens"][1:][between], row["targets"][:-1][between])
     np.testing.assert_array_equal(row["positions"], np.arange(64))
     np.testing.assert_array_equal(row["segment_ids"], 1)
     assert {v.shape for v in row.values()} == {(64,)}

@@ -1,0 +1,134 @@
+"""From the metrics of single steps to the lines of a log: `metrics.jsonl` and TensorBoard in the workdir."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+LN2 = math.log(2.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """What is in one batch of this process.
+
+    Attributes:
+      positions: places for input tokens, padding included; what the arithmetic is spent on.
+      tokens: input tokens.
+      targets: tokens to predict.
+      bytes: bytes of text that the targets stand for.
+    """
+
+    positions: int
+    tokens: int
+    targets: float = 0.0
+    bytes: float = 0.0
+
+    @classmethod
+    def of(cls, batch: Mapping[str, np.ndarray], token_num_bytes: np.ndarray) -> "Counts":
+        """Counts a batch of language modelling, or of any other task with token and segment id arrays."""
+        segment_ids = [array for name, array in batch.items() if name.endswith("segment_ids")]
+        positions = sum(array.size for array in segment_ids)
+        tokens = int(sum(np.count_nonzero(array) for array in segment_ids))
+        if "loss_mask" not in batch:
+            return cls(positions, tokens)
+        mask = batch["loss_mask"].astype(np.float64)
+        num_bytes = np.sum(mask * token_num_bytes[batch["targets"]])
+        return cls(positions, tokens, float(mask.sum()), float(num_bytes))
+
+
+@dataclasses.dataclass
+class Interval:
+    """Running means of the steps since the last line of the log.
+
+    All fields are plain numbers: a checkpoint between two lines carries them as JSON, exactly.
+    """
+
+    steps: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    nats: float = 0.0
+    bytes: float = 0.0
+    tokens: int = 0
+    flops: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, metrics: Mapping[str, Any], counts: Counts, seconds: float) -> None:
+        """Adds one step: its scalar metrics, its batch, and how long it took."""
+        self.steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + float(value)
+        self.nats += float(metrics.get("cross_entropy", 0.0)) * counts.targets
+        self.bytes += counts.bytes
+        self.tokens += counts.tokens
+        # A backward pass multiplies twice where the forward pass multiplies once (arXiv 2001.08361, section 2.1).
+        self.flops += 3.0 * float(metrics.get("flops/spent", 0.0)) * counts.positions
+        self.seconds += seconds
+
+    def means(self) -> dict[str, float]:
+        """The mean of each metric over the steps; bits per byte over all their text."""
+        means = {name: total / self.steps for name, total in self.sums.items()}
+        if self.bytes:
+            means["bits_per_byte"] = self.nats / LN2 / self.bytes
+        return means
+
+    def rates(self) -> dict[str, float]:
+        """Tokens and floating-point operations a second, recomputation not counted; empty without a measured time."""
+        if not self.seconds:
+            return {}
+        rates = {"tokens_per_second": self.tokens / self.seconds}
+        if self.flops:
+            rates["flops_per_second"] = self.flops / self.seconds
+        return rates
+
+
+class MetricsLog:
+    """Writes one JSON object a logged step, and the same numbers for TensorBoard.
+
+    A context manager. Opening it for a run that goes on drops the lines after the step it goes on from, so that no step
+    is missing or there twice.
+    """
+
+    def __init__(self, workdir: str | Path, *, last_step: int):
+        """Opens the log of `workdir`, keeping the lines up to `last_step`."""
+        from tensorboardX import SummaryWriter  # slow to import
+
+        self.path = Path(workdir) / METRICS_FILE
+        lines = [json.dumps(line) + "\n" for line in read(workdir) if line["step"] <= last_step]
+        unfinished = self.path.with_suffix(".tmp")
+        unfinished.write_text("".join(lines))
+        unfinished.replace(self.path)
+        self._file = self.path.open("a")
+        self._tensorboard = SummaryWriter(
+            str(self.path.with_name(TENSORBOARD_FOLDER)), purge_step=last_step + 1
+        )
+
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes a line; a value that is not finite is null in it, as JSON has no such numbers."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+
+def read(workdir: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's log so far; what a kill left of a half-written one is not a line."""
+    path = Path(workdir) / METRICS_FILE
+    if not path.is_file():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
