@@ -3,8 +3,8 @@
 from configs.transformer import llama
 from effjax.training import config as configs
 
-# The transformer's shapes as middle cycles of three recursions (arXiv 2507.10524, table 1); where the layers between the
-# first and the last do not divide by three, there are as many as do.
+# The transformer's shapes as middle cycles of three recursions (arXiv 2507.10524, table 1); where the layers between
+# the first and the last do not divide by three, there are as many as do.
 SIZES = {
     "135m": llama(576, 29, 9, 3, 1536),
     "360m": llama(960, 32, 15, 5, 2560),

@@ -18,7 +18,6 @@ from typing import Any, NoReturn
 import absl.logging
 import ml_collections
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
@@ -89,15 +88,15 @@ def define_config(
 
 
 def default_workdir() -> str:
-    """`runs/<name of the config file>`.
+    """`runs/<name of the config file>`, followed by `-<argument>` if it was given one.
 
     Raises:
       ValueError: if there is no `--config`.
     """
     if flags.FLAGS["config"].value is None:
         raise ValueError("neither --workdir nor --config is given; valid: one of them or both")
-    path, _, _ = flags.FLAGS["config"].config_filename.partition(":")
-    return str(Path("runs") / Path(path).stem)
+    path, _, argument = flags.FLAGS["config"].config_filename.partition(":")
+    return str(Path("runs") / "-".join(filter(None, (Path(path).stem, argument))))
 
 
 def run(main: Callable[[], Any], argv: list[str] | None = None) -> NoReturn:
@@ -111,19 +110,17 @@ def run(main: Callable[[], Any], argv: list[str] | None = None) -> NoReturn:
     """
 
     def guarded(_: list[str]) -> None:
-        _quieten_libraries()
+        _announce()
         with one_message(_DEBUG.value):
             main()
 
     app.run(guarded, argv, flags_parser=parse_flags)
 
 
-def _quieten_libraries() -> None:
-    """Lets our own loggers say what they do, and others only warn, unless `--verbosity` was given."""
-    if not flags.FLAGS["verbosity"].present:
-        absl_logging.set_verbosity(absl_logging.WARNING)
-        for ours in ("effjax", "pallas_kernels"):
-            logging.getLogger(ours).setLevel(logging.INFO)
+def _announce() -> None:
+    """Lets our own loggers say what they do, also where those of libraries only warn."""
+    for ours in ("effjax", "pallas_kernels"):
+        logging.getLogger(ours).setLevel(logging.INFO)
 
 
 @contextlib.contextmanager

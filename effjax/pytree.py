@@ -1,7 +1,7 @@
 """Parameter leaves by path.
 
 A path is the keys from the root joined by slashes, `depth/layers/blocks_0/mixer/query/kernel`. Patterns are regular
-expressions that must match the end of a path at a key boundary, so `query/kernel` and `(gate|up)/kernel` read naturally.
+expressions that must match the end of a path at a key boundary: `query/kernel`, `(gate|up)/kernel`.
 """
 
 import re

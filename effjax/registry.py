@@ -1,8 +1,8 @@
 """Names for parts: how a config, a command line or `create` binds constructors by name.
 
 A part is a Linen module, a dataclass or a plain function. `register` gives it a name under a kind at import time;
-`build` turns a spec such as `{"name": "adamoe", "top_k": 4}` into the part with its fields bound, and `describe` turns a
-part back into the full spec. A field that is named after a kind (`ffn`, or `mixers` for several) holds parts of that
+`build` turns a spec such as `{"name": "adamoe", "top_k": 4}` into the part with its fields bound, and `describe` turns
+a part back into the full spec. A field that is named after a kind (`ffn`, or `mixers` for several) holds parts of that
 kind, so specs nest the way the modules do.
 """
 

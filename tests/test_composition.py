@@ -21,7 +21,12 @@ from effjax.training.state import init_state, initialise
 from effjax.training.step import make_train_step
 
 ROWS, LENGTH, VOCAB, CLASSES, LAYERS = 4, 12, 32, 3, 2
-DEFAULTS = {"mixer": Attention(num_heads=2), "ffn": Gated(hidden_dim=8), "depth": Plain(), "head": Tied()}
+DEFAULTS = {
+    "mixer": Attention(num_heads=2),
+    "ffn": Gated(hidden_dim=8),
+    "depth": Plain(),
+    "head": Tied(),
+}
 SMALL = {
     "attention": {"num_heads": 2, "num_kv_heads": 1},
     "sliding_window": {"num_heads": 2, "window": 4},
@@ -93,7 +98,9 @@ def make_batch(head, seed):
 
 
 def objective_for(head):
-    return registry.build("objective", OBJECTIVES.get(registry.describe(head)["name"], "next_token"))
+    return registry.build(
+        "objective", OBJECTIVES.get(registry.describe(head)["name"], "next_token")
+    )
 
 
 @pytest.mark.parametrize("chosen", list(pairs()))

@@ -51,9 +51,9 @@ def test_bad_specs_say_what_is_valid(spec, message):
 
 
 def test_unknown_kind_and_missing_fields():
-    with pytest.raises(registry.RegistryError, match="unknown kind of part 'fnn'.*'ffn'"):
+    with pytest.raises(registry.RegistryError, match=r"unknown kind of part 'fnn'.*'ffn'"):
         registry.names("fnn")
-    with pytest.raises(registry.RegistryError, match="missing field.*'path'"):
+    with pytest.raises(registry.RegistryError, match=r"missing field.*'path'"):
         registry.build("tokenizer", "huggingface")
 
 
@@ -89,7 +89,9 @@ def test_spec_of_a_model_is_complete_and_builds_it():
     spec = models.spec("transformer", mixers=({"name": "attention", "num_heads": 2},))
     assert spec["mixers"][0]["causal"] is True
     name = spec.pop("name")
-    assert models.create(name, **spec) == models.create("transformer", mixers=(Attention(num_heads=2),))
+    assert models.create(name, **spec) == models.create(
+        "transformer", mixers=(Attention(num_heads=2),)
+    )
 
 
 def test_create_names_the_nearest_model_and_field():

@@ -1,7 +1,7 @@
 """The decode state of attention: keys and values with the position and segment of each slot.
 
-A slot is masked by its own position and segment, so full, windowed (ring) and shared caches are one structure: a ring is a
-cache with as many slots as the window.
+A slot is masked by its own position and segment, so full, windowed (ring) and shared caches are one structure: a ring
+is a cache with as many slots as the window.
 """
 
 import flax.struct

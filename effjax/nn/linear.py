@@ -1,7 +1,7 @@
 """The one linear layer and the one embedding table of the house.
 
-Adapters, quantisers and pruners reach every weight matrix through `Linear`, so no part multiplies by a matrix of its own
-except where the weights are stacked by expert.
+Adapters, quantisers and pruners reach every weight matrix through `Linear`, so no part multiplies by a matrix of its
+own except where the weights are stacked by expert.
 """
 
 import flax.linen as nn

@@ -27,7 +27,8 @@ def warmup_cosine(
 def warmup_stable_decay(
     num_steps: int, *, peak: float = 3e-3, warmup: float = 0.05, decay: float = 0.2
 ) -> optax.Schedule:
-    """Trapezoid: linear warm-up, constant, linear to 0 over the last `decay` of the run (Hägele et al., 2024, arXiv 2405.18392).
+    """Trapezoid: linear warm-up, constant, linear to 0 over the last `decay` of the run
+    (Hägele et al., 2024, arXiv 2405.18392).
 
     The Mixture-of-Recursions paper trains with this shape (arXiv 2507.10524, appendix C).
     """

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 logger = logging.getLogger(__name__)
 
@@ -30,4 +31,5 @@ def enable_cache() -> Path | None:
         logger.info("compiling without a cache: %s", error)
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    compilation_cache.reset_cache()  # JAX looks for the setting only before its first compilation
     return folder

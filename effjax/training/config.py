@@ -39,7 +39,7 @@ def default(model: str, **overrides: Any) -> ml_collections.ConfigDict:
     config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}
     config.evaluation = {
         "step": config_dict.placeholder(int),  # of the checkpoint; none is the newest
-        "num_batches": 64,
+        "num_batches": 256,
         "latency_runs": 10,
     }
     return config

@@ -1,7 +1,7 @@
 """Meshes, and where each array of a run lives on one.
 
-Parameters are plain arrays; a table from parameter paths to logical axes says what their dimensions mean, and a table from
-logical to mesh axes says how each meaning is split. The compiler derives the rest.
+Parameters are plain arrays; a table from parameter paths to logical axes says what their dimensions mean, and a table
+from logical to mesh axes says how each meaning is split. The compiler derives the rest.
 """
 
 import logging

@@ -35,7 +35,7 @@ class TrainState:
 
 def initialise(init: Callable[[], TrainState], shardings: Any = None) -> TrainState:
     """Runs `init_state` (its arguments bound) in one compiled program that makes each array where it is to live."""
-    # The program runs once and is almost all random bits: on CPU, optimising its code takes longer than running it as it is.
+    # The program runs once and is almost all random bits: on CPU, optimising its code takes longer than running it.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(init, out_shardings=shardings, compiler_options=options)()
 

@@ -9,7 +9,6 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 # Position of the keys that fill up a tile: later than any query.
 PADDING = 2**30

@@ -9,18 +9,24 @@ the end of its group are computed and dropped, on average half a tile a group.
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.varying import vary_alike
+
 # Rows of a tile: wide enough for a fast matrix product, narrow beside a typical group.
 TILE = 64
 
 
-@jax.custom_vjp
 def grouped_matmul(lhs, rhs, group_sizes):
     """[M, K] x [G, K, N] -> [M, N]; see the package for the arguments."""
+    return _grouped_matmul(*vary_alike((lhs, rhs, group_sizes)))
+
+
+@jax.custom_vjp
+def _grouped_matmul(lhs, rhs, group_sizes):
     return _rows_times_matrices("mk,kn->mn", lhs, rhs, group_sizes)
 
 
 def _forward(lhs, rhs, group_sizes):
-    return grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
+    return _grouped_matmul(lhs, rhs, group_sizes), (lhs, rhs, group_sizes)
 
 
 def _backward(saved, d_out):
@@ -30,7 +36,7 @@ def _backward(saved, d_out):
     return d_lhs, d_rhs.astype(rhs.dtype), None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_grouped_matmul.defvjp(_forward, _backward)
 
 
 def _rows_times_matrices(equation, rows, matrices, group_sizes):

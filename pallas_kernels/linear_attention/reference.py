@@ -6,7 +6,7 @@ from pallas_kernels.linear_attention.state import LinearAttentionState
 
 
 def linear_attention(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps):
-    """Returns `(out [B, T, H, Dv], LinearAttentionState)`; `chunk_size` has no meaning here."""
+    """Returns `(out [B, T, H, Dv], LinearAttentionState)`, which needs no chunks."""
     del chunk_size
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q, k = (feature_map.expand(x.astype(dtype).transpose(0, 2, 3, 1)) for x in (q, k))  # [B, H, F, T]

@@ -29,11 +29,11 @@ BLOCK = 64
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-    """The static arguments of the op."""
+    """The static arguments of the op. `is_recurrent`: a state comes in, or travels between chunks."""
 
     feature_map: FeatureMap
     chunk_size: int
-    has_past: bool
+    is_recurrent: bool
     normalize: bool
     eps: float
 
@@ -44,17 +44,21 @@ def linear_attention(q, k, v, runs, state, *, feature_map, chunk_size, normalize
     if chunk_size is None:
         chunk_size = SINGLE_CHUNK if time <= SINGLE_CHUNK and state is None else CHUNK
     chunk_size = min(chunk_size, time)
-    # One chunk without a past needs no state at all.
-    has_past = state is not None or chunk_size < time
+    is_recurrent = state is not None or chunk_size < time
+    spec = _Spec(feature_map, chunk_size, is_recurrent, normalize, eps)
     if state is None:
         features = feature_map.num_features(q.shape[-1])
         shape = (q.shape[0], q.shape[2], features, v.shape[-1] + 1)
         state = jnp.zeros_like(q, _accumulator(q.dtype), shape=shape)
     else:
         state = jnp.concatenate([state.kv, state.k_sum[..., None]], axis=-1)
-    spec = _Spec(feature_map, chunk_size, has_past, normalize, eps)
-    out, state = _linear_attention(spec, *vary_alike((q, k, v, runs, state)))
-    return out, LinearAttentionState(state[..., :-1], state[..., -1])
+    q, k, v, runs, state = vary_alike((q, k, v, runs, state))
+    out, last_state = _linear_attention(spec, q, k, v, runs, state)
+    if not is_recurrent:
+        # Outside of the custom VJP, so that a state that nobody uses costs nothing, backward neither.
+        k, values = k.swapaxes(1, 2), _with_ones(v).swapaxes(1, 2)
+        last_state, _ = _advance(spec, state, _first_run(q), k, values, runs)
+    return out, LinearAttentionState(last_state[..., :-1], last_state[..., -1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -63,9 +67,8 @@ def _linear_attention(spec, q, k, v, runs, state):
 
 
 def _forward(spec, q, k, v, runs, state):
-    batch, time, _, dim = v.shape
-    values = jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
-    blocks = tuple(_to_chunks(spec, x) for x in (q, k, values))
+    time, dim = v.shape[1], v.shape[-1]
+    blocks = tuple(_to_chunks(spec, x) for x in (q, k, _with_ones(v)))
     if runs is not None:
         runs = jnp.moveaxis(_split(spec, runs), 1, 0)
 
@@ -73,8 +76,8 @@ def _forward(spec, q, k, v, runs, state):
         sums, after = _chunk(spec, *carry, *block)
         return after, (sums, carry)
 
-    first_run = jnp.ones_like(q, jnp.int32, shape=(batch,))
-    (state, _), (sums, pasts) = jax.lax.scan(chunk, (state, first_run), (*blocks, runs))
+    start = (state, _first_run(q))
+    (state, _), (sums, pasts) = jax.lax.scan(chunk, start, (*blocks, runs))
     out, total = sums[..., :dim, :], sums[..., dim:, :]
     if spec.normalize:
         total += spec.eps
@@ -132,9 +135,15 @@ def _chunk(spec, past, run, q, k, values, runs):
         `(sums [B, H, E, C], (state, run))`.
     """
     sums = _within(spec, q, k, values, runs)
-    if spec.has_past:
-        phi_q = _expand(spec, q, None if runs is None else runs == run[:, None])
-        sums += _dot("bhfe,bhft->bhet", past, phi_q)
+    if not spec.is_recurrent:
+        return sums, (past, run)
+    phi_q = _expand(spec, q, None if runs is None else runs == run[:, None])
+    sums += _dot("bhfe,bhft->bhet", past, phi_q)
+    return sums, _advance(spec, past, run, k, values, runs)
+
+
+def _advance(spec, past, run, k, values, runs):
+    """The state after a chunk, and the segment that it belongs to."""
     if runs is None:
         phi_k = _expand(spec, k, None)
     else:
@@ -142,22 +151,30 @@ def _chunk(spec, past, run, q, k, values, runs):
         phi_k = _expand(spec, k, runs == last[:, None])
         past = jnp.where((run == last)[:, None, None, None], past, 0)
         run = last
-    return sums, (past + _dot("bhfs,bhse->bhfe", phi_k, values.astype(phi_k.dtype)), run)
+    return past + _dot("bhfs,bhse->bhfe", phi_k, values.astype(phi_k.dtype)), run
 
 
 def _within(spec, q, k, values, runs):
     """The sums [B, H, E, C] over the tokens of the chunk itself."""
+
+    # Rematerialised, so that the backward holds the weights of one block at a time.
+    @functools.partial(jax.checkpoint, static_argnums=(0,))
+    def block(start, q, k, values, runs):
+        stop = k.shape[2]
+        weights = spec.feature_map.similarity(k, q)
+        allowed = np.arange(stop)[:, None] <= np.arange(start, stop)
+        if runs is not None:
+            of_keys, of_queries = runs[:, None, :, None], runs[:, None, None, start:]
+            allowed = allowed & (of_keys == of_queries) & (of_queries != 0)
+        weights = jnp.where(allowed, weights, 0).astype(values.dtype)
+        return _dot("bhse,bhst->bhet", values, weights)
+
     length = q.shape[2]
     sums = []
     for start in range(0, length, BLOCK):
         stop = min(start + BLOCK, length)
-        weights = spec.feature_map.similarity(k[:, :, :stop], q[:, :, start:stop])
-        allowed = np.arange(stop)[:, None] <= np.arange(start, stop)
-        if runs is not None:
-            of_keys, of_queries = runs[:, None, :stop, None], runs[:, None, None, start:stop]
-            allowed = allowed & (of_keys == of_queries) & (of_queries != 0)
-        weights = jnp.where(allowed, weights, 0).astype(values.dtype)
-        sums.append(_dot("bhse,bhst->bhet", values[:, :, :stop], weights))
+        seen = (k[:, :, :stop], values[:, :, :stop], None if runs is None else runs[:, :stop])
+        sums.append(block(start, q[:, :, start:stop], *seen))
     return jnp.concatenate(sums, axis=-1)
 
 
@@ -165,6 +182,14 @@ def _expand(spec, x, keep):
     """φ(x) [B, H, F, C] of x [B, H, C, D], 0 where a token is not kept (bool [B, C])."""
     features = spec.feature_map.expand(x.swapaxes(-1, -2).astype(_accumulator(x.dtype)))
     return features if keep is None else jnp.where(keep[:, None, None], features, 0)
+
+
+def _with_ones(v):
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+
+
+def _first_run(q):
+    return jnp.ones_like(q, jnp.int32, shape=q.shape[:1])
 
 
 def _dot(equation, x, y):

@@ -15,8 +15,15 @@ D_MODEL, HEADS, KV_HEADS, HEAD_DIM = 16, 2, 1, 8
 
 
 def make_stack(num_layers, remat="none", scan_layers=False):
+    # Attention's other implementations have tests of their own; this one compiles fastest.
     blocks = tuple(
-        Block(Attention(HEADS, KV_HEADS), Gated(hidden_dim=24), RMSNorm(), RMSNorm(), parent=None)
+        Block(
+            Attention(HEADS, KV_HEADS, implementation="reference"),
+            Gated(hidden_dim=24),
+            RMSNorm(),
+            RMSNorm(),
+            parent=None,
+        )
         for _ in range(num_layers)
     )
     return Stack(blocks, remat, scan_layers, parent=None)
@@ -36,46 +43,49 @@ def packed(rng, rows=3, length=12):
 
 @functools.cache
 def compiled(policy, num_layers, remat, scan_layers):
-    """(init, apply) of a policy under jit, compiled once for all tests of a process."""
+    """A policy under jit, compiled once for all tests of a process."""
     stack = make_stack(num_layers, remat, scan_layers)
-
-    def create(key, x, positions, segment_ids):
-        return policy.init(key, stack, x, positions=positions, segment_ids=segment_ids)
 
     def apply(train, variables, x, positions, segment_ids):
         return policy.apply(
             variables, stack, x, positions=positions, segment_ids=segment_ids, train=train
         )
 
-    return jax.jit(create), jax.jit(apply, static_argnums=0)
+    return jax.jit(apply, static_argnums=0)
 
 
 def init(policy, num_layers, rng, inputs, router_scale=1.0):
     """Random parameters; the norms' scales too, so that no block could be taken for another."""
-    create, _ = compiled(policy, num_layers, "none", False)
-    variables = create(jax.random.key(int(rng.integers(2**31))), *inputs)
+    x, positions, segment_ids = inputs
+    shapes = jax.eval_shape(
+        lambda key: policy.init(
+            key, make_stack(num_layers), x, positions=positions, segment_ids=segment_ids
+        ),
+        jax.random.key(0),
+    )
 
-    def shake(path, leaf):
+    def draw(path, leaf):
         name = jax.tree_util.keystr(path)
-        if "router" in name:
-            return leaf * router_scale
-        return (
-            leaf * rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32) if "scale" in name else leaf
-        )
+        if "scale" in name:
+            return rng.uniform(0.5, 1.5, leaf.shape).astype(np.float32)
+        if "balance_bias" in name:
+            return np.zeros(leaf.shape, np.float32)
+        deviation = 0.02 * router_scale if "router" in name else leaf.shape[0] ** -0.5
+        return (deviation * rng.normal(size=leaf.shape)).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(shake, variables)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def run(policy, variables, inputs, num_layers, train, remat="none", scan_layers=False):
     """The policy under jit, on (x, positions, segment_ids)."""
-    _, apply = compiled(policy, num_layers, remat, scan_layers)
+    apply = compiled(policy, num_layers, remat, scan_layers)
     x, aux = apply(train, variables, *inputs)
     return np.asarray(x), {name: np.asarray(value, np.float64) for name, value in aux.items()}
 
 
 def gradients(policy, variables, inputs, num_layers, probe, remat="none", scan_layers=False):
     """Of a random linear functional of the result (padding left out) plus the auxiliary losses."""
-    _, apply = compiled(policy, num_layers, remat, scan_layers)
+    apply = compiled(policy, num_layers, remat, scan_layers)
 
     def loss(variables):
         y, aux = apply(True, variables, *inputs)

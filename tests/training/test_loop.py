@@ -1,18 +1,23 @@
 """`fit` from a config to its summary, and what stops it."""
 
+import dataclasses
 import hashlib
 import json
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny_run
+from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import bits, curve, make_config, train
 
 from effjax import checkpoint, data, registry, training
 from effjax.checkpoint import CheckpointError
+from effjax.data.sources import Pair
+from effjax.ffn import Gated
 from effjax.training import NonFiniteLossError, compilation
 from effjax.training import config as configs
 from effjax.training.progress import Screen
@@ -81,9 +86,19 @@ def test_fit_leaves_a_summary_and_everything_to_look_at(tmp_path, text, capsys):
     assert content(workdir) == before
 
 
+@registry.register("source", "test_numbers")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Numbers:
+    """A number in decimal, to be matched with itself in hexadecimal."""
+
+    def pairs(self, split):
+        start = {"train": 1000, "heldout": 2000}[split]
+        return [Pair(str(i), str(i), str(i), hex(i)) for i in range(start, start + 40)]
+
+
 def test_an_embedder_is_summarised_by_its_recall(tmp_path):
     config = configs.default("matryoshka", d_model=16, num_layers=1)
-    config.data.source = configs.part_config("source", "stdlib_pairs")
+    config.data.source = configs.part_config("source", "test_numbers")
     config.data.update(seq_len=16, batch_size=8)
     config.objective = configs.part_config("objective", "contrastive", matryoshka_dims=(4, 16))
     config.mesh.data = 1
@@ -140,17 +155,29 @@ class RecordingScreen(Screen):
         self.said = [*getattr(self, "said", []), message]
 
 
+@registry.register("ffn", "test_halves")
+class Halves(Gated):
+    """A feed-forward that gives only half of its output until step 2."""
+
+    gain: float = 1.0
+
+    def at_step(self, step):
+        return self.clone(gain=0.5 if step < 2 else 1.0)
+
+    def __call__(self, x, *, train=False):
+        y, aux = super().__call__(x, train=train)
+        return self.gain * y, aux | {"test/gain": jnp.float32(self.gain)}
+
+
 def test_a_model_that_changes_along_the_run_is_compiled_anew(tmp_path, text):
-    config = make_config(text, model="mor", num_layers=4, num_steps=3, log_every=1)
-    config.model.depth.num_recursions = 2
-    config.model.depth.routing.capacity_warmup_steps = 1
+    config = make_config(text, num_steps=4, log_every=1)
+    config.model.ffn = configs.part_config("ffn", "test_halves")
     screen = tiny_run.quiet(RecordingScreen, config)
     run = train(config, tmp_path, screen)
     compilations = [message for message in screen.said if "compiled" in message]
-    assert [message.split(":")[0] for message in compilations] == ["step 0", "step 1"]
-    spent = [line["flops/spent"] for line in curve(tmp_path)]
-    assert spent[0] > spent[1] == spent[2]  # every token passes until the warm-up is over
-    assert run.current_model == run.model
+    assert [message.split(":")[0] for message in compilations] == ["step 0", "step 2"]
+    assert [line["test/gain"] for line in curve(tmp_path)] == [0.5, 0.5, 1.0, 1.0]
+    assert run.current_model.ffn.gain == 1.0
 
 
 @pytest.mark.parametrize("checkpoint_every", [1, 4])
@@ -196,16 +223,21 @@ def test_signals_are_left_alone_outside_the_main_thread(tmp_path, text):
 def no_cache_chosen():
     chosen = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
     yield
     jax.config.update("jax_compilation_cache_dir", chosen)
+    compilation_cache.reset_cache()
 
 
 def test_compilation_cache_lies_in_the_users_cache(tmp_path, monkeypatch, no_cache_chosen):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert compilation.enable_cache() == tmp_path / "effjax" / "xla"
-    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "effjax" / "xla")
+    jax.jit(lambda x: x + 1)(0)  # a notebook has compiled something before it trains
+    folder = compilation.enable_cache()
+    assert folder == tmp_path / "effjax" / "xla"
+    jax.jit(lambda x: x * x - 3)(jnp.arange(5))
+    assert any(folder.iterdir())
     monkeypatch.setenv("XDG_CACHE_HOME", "/nowhere")
-    assert compilation.enable_cache() == tmp_path / "effjax" / "xla"  # chosen by now
+    assert compilation.enable_cache() == folder  # chosen by now
 
 
 def test_no_cache_where_none_can_be_written(tmp_path, monkeypatch, caplog, no_cache_chosen):

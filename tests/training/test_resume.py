@@ -72,11 +72,13 @@ def test_a_crashed_run_goes_on_with_the_very_next_batch(tmp_path, config, monkey
     assert expected[4:8] != expected[8:12]
 
 
-def test_sigterm_saves_and_the_next_start_goes_on(tmp_path, config, whole):
-    stopped = train(config, tmp_path, quiet(SignallingScreen, config, 5))
-    assert stopped.received == signal.SIGTERM
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, config, whole, number):
+    before = signal.getsignal(number)
+    stopped = train(config, tmp_path, quiet(SignallingScreen, config, 5, number))
+    assert stopped.received == number
     assert 5 <= stopped.step <= 7
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(number) == before
     assert (tmp_path / "checkpoints" / str(stopped.step)).is_dir()
     assert_same_end(train(config, tmp_path), whole)
 
@@ -108,7 +110,7 @@ def test_sigkill_in_mid_save(tmp_path, text, config, whole):
 
 
 def test_a_truncated_checkpoint_gives_way_to_the_one_before(tmp_path, config, whole, caplog):
-    train(config, tmp_path, quiet(SignallingScreen, config, 9))
+    train(config, tmp_path, quiet(SignallingScreen, config, 9, signal.SIGTERM))
     newest = max((tmp_path / "checkpoints").iterdir(), key=lambda path: int(path.name))
     for file in newest.rglob("*"):
         if file.is_file():

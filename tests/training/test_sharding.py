@@ -44,7 +44,9 @@ def batches(name, seed):
     rng = np.random.default_rng(seed)
     for _ in range(STEPS):
         tokens = rng.integers(VOCAB, size=(ROWS, LENGTH + 1), dtype=np.int32)
-        segments = 1 + (np.arange(LENGTH) >= rng.integers(4, LENGTH, size=(ROWS, 1))).astype(np.int32)
+        segments = 1 + (np.arange(LENGTH) >= rng.integers(4, LENGTH, size=(ROWS, 1))).astype(
+            np.int32
+        )
         if name == "matryoshka":
             whole = np.ones_like(segments)
             yield {
@@ -64,7 +66,9 @@ def batches(name, seed):
 
 
 def losses(name, mesh_sizes, seed):
-    mesh = sharding.make_mesh(mesh_sizes, jax.devices()[: np.prod(list(mesh_sizes.values()) or [1])])
+    mesh = sharding.make_mesh(
+        mesh_sizes, jax.devices()[: np.prod(list(mesh_sizes.values()) or [1])]
+    )
     model = models.create(name, **(SMALL | HEADLINERS[name]))
     objective = registry.build("objective", objective_of(name))
     schedule = {"name": "constant", "peak": 1e-3}

@@ -55,9 +55,9 @@ def test_accumulation_is_the_update_of_the_whole_batch(count, seed):
     batch = make_batch(seed)
     state = init_state(MODEL, batch, optimizer, 0, ema=False)
     whole, expected = jax.jit(make_train_step(MODEL, next_token, optimizer))(state, batch)
-    parts, found = jax.jit(
-        make_train_step(MODEL, next_token, optimizer, accumulation_steps=count)
-    )(state, batch)
+    parts, found = jax.jit(make_train_step(MODEL, next_token, optimizer, accumulation_steps=count))(
+        state, batch
+    )
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-6),
         parts.params,
@@ -76,7 +76,9 @@ def test_ema_follows_its_recurrence(seed):
     expected = jax.tree.map(np.asarray, state.params)
     for _ in range(3):
         state, _ = step(state, batch)
-        expected = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * np.asarray(p), expected, state.params)
+        expected = jax.tree.map(
+            lambda e, p: 0.75 * e + 0.25 * np.asarray(p), expected, state.params
+        )
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), state.ema, expected)
     assert state.variables()["params"] is state.ema
 

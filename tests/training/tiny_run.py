@@ -1,10 +1,11 @@
 """A run small enough for a test: its config, its text, and ways to end it."""
 
 import os
-import signal
+import tempfile
 
 import flax.linen as nn
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from effjax import checkpoint
@@ -12,6 +13,16 @@ from effjax.training import config as configs
 from effjax.training import metrics, sharding
 from effjax.training.loop import Run
 from effjax.training.progress import Screen
+
+# The tests build the same small programs again and again, and in other processes; they share what is compiled.
+_CACHE = None
+if not jax.config.jax_compilation_cache_dir:
+    _CACHE = tempfile.TemporaryDirectory(prefix="effjax-xla-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE.name  # for the processes that tests start
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()
 
 TIMINGS = ("tokens_per_second", "flops_per_second")
 
@@ -73,12 +84,16 @@ class CrashingScreen(Screen):
         super().advance(step)
 
 
-class SignallingScreen(CrashingScreen):
-    """Sends this process a SIGTERM when the metrics of a step arrive."""
+class SignallingScreen(Screen):
+    """Sends this process a signal when the metrics of a step arrive."""
+
+    def __init__(self, at_step, number, *args):
+        super().__init__(*args)
+        self.at_step, self.number = at_step, number
 
     def advance(self, step):
         if step == self.at_step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self.number)
 
 
 def curve(workdir):
