@@ -62,7 +62,7 @@ def pairs():
     kinds = (("mixer", "ffn"), ("mixer", "depth"), ("ffn", "depth"), ("depth", "head"))
     for a, b in kinds:
         for (name_a, part_a), (name_b, part_b) in itertools.product(parts(a), parts(b)):
-            shares = getattr(part_a, "shares_state", True)
+            shares = getattr(part_a, "shares_state", False)
             if a == "mixer" and getattr(part_b, "kv_sharing", "") == "shared" and not shares:
                 continue  # refused with a message: tests/depth
             yield pytest.param({a: part_a, b: part_b}, id=f"{name_a}-{name_b}")

@@ -108,7 +108,9 @@ def _check_options(causal, window, logits_soft_cap) -> None:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
             raise ValueError(f"attention: window must be a positive int or None, not {window!r}")
     if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(f"attention: logits_soft_cap must be positive or None, not {logits_soft_cap!r}")
+        raise ValueError(
+            f"attention: logits_soft_cap must be positive or None, not {logits_soft_cap!r}"
+        )
 
 
 def _pair(name, value, q, k) -> tuple[jax.Array, jax.Array] | None:
@@ -117,7 +119,9 @@ def _pair(name, value, q, k) -> tuple[jax.Array, jax.Array] | None:
         return None
     if not isinstance(value, tuple | list):
         if name == "positions":
-            raise ValueError("attention: positions must be a pair (int [B, Tq], int [B, Tk]) or None")
+            raise ValueError(
+                "attention: positions must be a pair (int [B, Tq], int [B, Tk]) or None"
+            )
         if q.shape[1] != k.shape[1]:
             raise ValueError(
                 f"attention: segment_ids must be a pair where Tq={q.shape[1]} and Tk={k.shape[1]} differ"

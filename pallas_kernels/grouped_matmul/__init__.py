@@ -41,14 +41,20 @@ def grouped_matmul(
         if 0 in x.shape:
             raise ValueError(f"grouped_matmul: {name} has an axis of size 0: {x.shape}")
     if lhs.dtype != rhs.dtype:
-        raise ValueError(f"grouped_matmul: rhs has dtype {rhs.dtype} but lhs has {lhs.dtype}; cast one")
+        raise ValueError(
+            f"grouped_matmul: rhs has dtype {rhs.dtype} but lhs has {lhs.dtype}; cast one"
+        )
     if lhs.shape[1] != rhs.shape[1]:
-        raise ValueError(f"grouped_matmul: rhs {rhs.shape} must have K={lhs.shape[1]} rows, as lhs has columns")
+        raise ValueError(
+            f"grouped_matmul: rhs {rhs.shape} must have K={lhs.shape[1]} rows, as lhs has columns"
+        )
     if jnp.shape(group_sizes) != rhs.shape[:1]:
         raise ValueError(
             f"grouped_matmul: group_sizes must be of shape {rhs.shape[:1]}, not {jnp.shape(group_sizes)}"
         )
     if not jnp.issubdtype(jnp.result_type(group_sizes), jnp.integer):
-        raise ValueError(f"grouped_matmul: group_sizes must be integer, not {jnp.result_type(group_sizes)}")
+        raise ValueError(
+            f"grouped_matmul: group_sizes must be integer, not {jnp.result_type(group_sizes)}"
+        )
     function = select("grouped_matmul", IMPLEMENTATIONS, implementation)
     return function(lhs, rhs, jnp.asarray(group_sizes, jnp.int32))

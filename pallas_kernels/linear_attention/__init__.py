@@ -139,7 +139,9 @@ def linear_attention_decode(
 def _check_arrays(q, k, v, *, ndim: int, axes: str) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if jnp.ndim(x) != ndim:
-            raise ValueError(f"linear_attention: {name} must be {axes}, not of shape {jnp.shape(x)}")
+            raise ValueError(
+                f"linear_attention: {name} must be {axes}, not of shape {jnp.shape(x)}"
+            )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"linear_attention: {name} must be floating point, not {x.dtype}")
         if x.dtype != q.dtype:
@@ -149,14 +151,18 @@ def _check_arrays(q, k, v, *, ndim: int, axes: str) -> None:
     if k.shape != q.shape:
         raise ValueError(f"linear_attention: k must be of q's shape {q.shape}, not {k.shape}")
     if v.shape[:-1] != q.shape[:-1]:
-        raise ValueError(f"linear_attention: v {v.shape} must agree with q {q.shape} but in the last axis")
+        raise ValueError(
+            f"linear_attention: v {v.shape} must agree with q {q.shape} but in the last axis"
+        )
 
 
 def _check_options(chunk_size, eps) -> None:
     if chunk_size is not None and (
         isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
     ):
-        raise ValueError(f"linear_attention: chunk_size must be a positive int or None, not {chunk_size!r}")
+        raise ValueError(
+            f"linear_attention: chunk_size must be a positive int or None, not {chunk_size!r}"
+        )
     if not eps >= 0:
         raise ValueError(f"linear_attention: eps must not be negative: {eps!r}")
 

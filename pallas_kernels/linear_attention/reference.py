@@ -9,7 +9,9 @@ def linear_attention(q, k, v, runs, state, *, feature_map, chunk_size, normalize
     """Returns `(out [B, T, H, Dv], LinearAttentionState)`, which needs no chunks."""
     del chunk_size
     dtype = jnp.promote_types(q.dtype, jnp.float32)
-    q, k = (feature_map.expand(x.astype(dtype).transpose(0, 2, 3, 1)) for x in (q, k))  # [B, H, F, T]
+    q, k = (
+        feature_map.expand(x.astype(dtype).transpose(0, 2, 3, 1)) for x in (q, k)
+    )  # [B, H, F, T]
     v_wide = v.astype(dtype)
     if state is None:
         batch, heads, features, _ = q.shape
@@ -33,8 +35,7 @@ def linear_attention(q, k, v, runs, state, *, feature_map, chunk_size, normalize
     k *= (runs == last[:, None])[:, None, None]
     keep = (last == 1)[:, None, None]
     state = LinearAttentionState(
-        keep[..., None] * state.kv
-        + jnp.einsum("bhfs,bshe->bhfe", k, v_wide, precision="highest"),
+        keep[..., None] * state.kv + jnp.einsum("bhfs,bshe->bhfe", k, v_wide, precision="highest"),
         keep * state.k_sum + k.sum(axis=-1),
     )
     out = numerator / (denominator + eps)[..., None] if normalize else numerator

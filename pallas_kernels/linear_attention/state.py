@@ -21,7 +21,13 @@ class LinearAttentionState(NamedTuple):
 
     @classmethod
     def zeros(
-        cls, batch: int, heads: int, dim: int, value_dim: int, feature_map="taylor", dtype=jnp.float32
+        cls,
+        batch: int,
+        heads: int,
+        dim: int,
+        value_dim: int,
+        feature_map="taylor",
+        dtype=jnp.float32,
     ) -> "LinearAttentionState":
         """The state before the first token."""
         features = feature_maps.get(feature_map).num_features(dim)

@@ -1,12 +1,14 @@
 """Linear attention in pure JAX: the chunked form, memory linear in time.
 
-Inside a chunk the weights φ(q) · φ(k) come from q · k directly and nothing is expanded; between chunks travels the
-state, the sum of φ(k) vᵀ. The forward keeps the state before each chunk; the backward walks the chunks from the last to
-the first and differentiates one at a time, with the gradient of the state as the carry.
+Inside a chunk the weights φ(q) · φ(k) come from q · k directly and nothing is expanded; between chunks
+travels the state, the sum of φ(k) vᵀ. The forward keeps the state before each chunk; the backward walks
+the chunks from the last to the first and differentiates one at a time, with the gradient of the state as
+the carry.
 
-Values carry one more column, of ones, so that the sum of the weights comes out beside the weighted sum of the values,
-and the sum of φ(k) beside the state. Weights lie as [keys, queries] and sums as [values, queries]: every large operand of
-a matrix product is then contiguous, forward and backward, which XLA:CPU needs to be fast.
+Values carry one more column, of ones, so that the sum of the weights comes out beside the weighted sum of
+the values, and the sum of φ(k) beside the state. Weights lie as [keys, queries] and sums as [values,
+queries]: every large operand of a matrix product is then contiguous, forward and backward, which XLA:CPU
+needs to be fast.
 """
 
 import dataclasses
@@ -24,7 +26,7 @@ from pallas_kernels.varying import vary_alike
 SINGLE_CHUNK = 512
 CHUNK = 128
 # Queries of a chunk are taken in blocks, each with the keys up to its end: that skips the masked half.
-BLOCK = 64
+BLOCK = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +112,7 @@ def _backward(spec, saved, cotangents):
         d_past, *d_block = pull((d_sums, d_state))
         return d_past, tuple(d_block)
 
-    d_state, d_blocks = jax.lax.scan(
-        chunk, d_state, (pasts, blocks, runs, d_sums), reverse=True
-    )
+    d_state, d_blocks = jax.lax.scan(chunk, d_state, (pasts, blocks, runs, d_sums), reverse=True)
     dq, dk, d_values = (_from_chunks(x, out.shape[1]) for x in d_blocks)
     return dq, dk, d_values[..., :-1], None, d_state
 

@@ -221,12 +221,14 @@ def test_signals_are_left_alone_outside_the_main_thread(tmp_path, text):
 
 @pytest.fixture
 def no_cache_chosen():
-    chosen = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", chosen)
-    compilation_cache.reset_cache()
+    settings = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield
 
 
 def test_compilation_cache_lies_in_the_users_cache(tmp_path, monkeypatch, no_cache_chosen):

@@ -1,0 +1,60 @@
+"""How a kernel is held against its reference: relative error by norm, forward and every gradient, float64 reference."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def relative_error(got, want) -> float:
+    """|got - want| / |want| over the finite entries of `want`; the others must be equal."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(got[~finite], want[~finite])
+    scale = np.linalg.norm(want[finite])
+    return float(np.linalg.norm(got[finite] - want[finite]) / (scale if scale else 1))
+
+
+def outputs_and_gradients(function, inputs: dict, cotangents: dict, dtype) -> dict[str, np.ndarray]:
+    """Outputs of `function(**inputs)`, a dict, and the gradient of their inner product with `cotangents`.
+
+    Entries of an output that are not finite (the log-sum-exp of a row that sees nothing) take no part.
+    """
+
+    def loss(inputs):
+        outputs = function(**inputs)
+        products = [
+            jnp.sum(jnp.where(jnp.isfinite(outputs[name]), outputs[name] * cotangent, 0))
+            for name, cotangent in cotangents.items()
+        ]
+        return sum(products), outputs
+
+    def cast(tree):
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype), tree)
+
+    cotangents = cast(cotangents)
+    (_, outputs), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(cast(inputs))
+    return outputs | {f"d_{name}": gradient for name, gradient in gradients.items()}
+
+
+def assert_close(make_function, inputs: dict, cotangents: dict, dtype: str) -> None:
+    """Holds `make_function("xla")` in `dtype` against `make_function("reference")` in float64 on the same values."""
+    rounded = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype), np.float64), inputs)
+    with jax.enable_x64(True):
+        want = outputs_and_gradients(make_function("reference"), rounded, cotangents, jnp.float64)
+        want = {name: np.asarray(x) for name, x in want.items()}
+    got = outputs_and_gradients(make_function("xla"), inputs, cotangents, dtype)
+    errors = {name: relative_error(got[name], want[name]) for name in want}
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert set(got) == set(want)
+    for name, error in errors.items():
+        assert error < TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
+    for name, value in inputs.items():
+        assert got[f"d_{name}"].dtype == jnp.dtype(dtype), name
+        assert got[f"d_{name}"].shape == np.shape(value), name
+
+
+def temporary_bytes(function, *arguments) -> int:
+    """Temporary memory of the compiled function."""
+    return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
