@@ -26,13 +26,13 @@ def default(model: str, **overrides: Any) -> ml_collections.ConfigDict:
     config.objective = part_config("objective", "next_token")
     config.optimizer = optimizer_config("adamw", weight_decay=0.1, b2=0.95)
     config.training = {
-        "num_steps": 200,
+        "num_steps": 150,
         "accumulation_steps": 1,
         "ema_decay": config_dict.placeholder(float),
         "log_every": 10,
-        "eval_every": 100,
-        "eval_batches": 16,
-        "checkpoint_every": 100,
+        "eval_every": 50,
+        "eval_batches": 8,
+        "checkpoint_every": 50,
         "keep": 2,
         "keep_best": True,
     }
