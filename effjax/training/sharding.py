@@ -28,7 +28,9 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"experts/down", ("expert", "mlp", "embed")),
     (r"(gate|up)/kernel", ("embed", "mlp")),
     (r"down/kernel", ("mlp", "embed")),
-    (r"kernel", ("embed", None)),
+    (r"router/kernel", ("embed", None)),
+    (r"conv", (None, "mlp")),
+    (r"kernel", ("embed", None)),  # the last resort: a matrix that no line above knows
 )
 
 # Logical to mesh axes; `batch` is the leading dimension of activations, `group` that of expert buffers.

@@ -221,7 +221,10 @@ def test_signals_are_left_alone_outside_the_main_thread(tmp_path, text):
 
 @pytest.fixture
 def no_cache_chosen():
-    settings = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0.0}
+    settings = {
+        "jax_compilation_cache_dir": None,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+    }
     before = {name: getattr(jax.config, name) for name in settings}
     for values in (settings, before):
         for name, value in values.items():
