@@ -122,7 +122,10 @@ def test_every_matrix_has_logical_axes(name):
 
 def test_specs_follow_the_table_and_leave_scanned_axes_whole():
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2, "expert": 2})
-    spec = functools.partial(sharding.parameter_spec, mesh=mesh)
+
+    def spec(path, shape):
+        return tuple(sharding.parameter_spec(path, shape, mesh))
+
     assert spec("depth/layers/blocks_0/mixer/query/kernel", (8, 16)) == ("fsdp", "tensor")
     assert spec("depth/layers/blocks_0/mixer/query/kernel", (3, 8, 16)) == (None, "fsdp", "tensor")
     assert spec("x/ffn/experts/down", (4, 16, 8)) == ("expert", "tensor", "fsdp")
@@ -133,7 +136,7 @@ def test_specs_follow_the_table_and_leave_scanned_axes_whole():
 
 def test_a_dimension_that_does_not_divide_is_kept_whole_and_logged(caplog):
     mesh = sharding.make_mesh({"fsdp": 2, "tensor": 4})
-    assert sharding.parameter_spec("embed/embedding", (30, 8), mesh) == (None, "fsdp")
+    assert tuple(sharding.parameter_spec("embed/embedding", (30, 8), mesh)) == (None, "fsdp")
     assert "embed/embedding: dimension 0 of size 30" in caplog.text
 
 
