@@ -130,7 +130,7 @@ def test_specs_follow_the_table_and_leave_scanned_axes_whole():
     assert spec("depth/layers/blocks_0/mixer/query/kernel", (3, 8, 16)) == (None, "fsdp", "tensor")
     assert spec("x/ffn/experts/down", (4, 16, 8)) == ("expert", "tensor", "fsdp")
     assert spec("embed/embedding", (32, 8)) == ("tensor", "fsdp")
-    assert spec("final_norm/scale", (8,)) == ()
+    assert spec("final_norm/scale", (8,)) == (None,)
     assert spec("mu/x/out/kernel", (16, 8)) == ("tensor", "fsdp")  # moments follow their parameter
 
 
