@@ -1,7 +1,7 @@
-"""Choice of the implementation of an op: by name, or the best that the platform allows.
+"""Choice of the implementation of an op: by name, or the best that the device and the arguments allow.
 
-Every op keeps a table `{name: Implementation}`. `select` looks a name up, or takes the first entry that
-serves the platform, and says once per distinct choice at log level INFO what it took and why. Naming an
+Every op keeps a table `{name: Implementation}`. `select` looks a name up, or takes the first entry that serves the
+device and the arguments, and says once per distinct choice at log level INFO what it took and why. Naming an
 implementation that cannot run here is an error: there is no silent fallback.
 """
 
@@ -9,10 +9,38 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 
 logger = logging.getLogger(__name__)
+
+
+class Target(NamedTuple):
+    """What a program is traced for.
+
+    Attributes:
+        platform: "cpu", "tpu" or "gpu".
+        device_kind: as `jax.Device.device_kind` says, "TPU v5 lite" or "NVIDIA H200".
+    """
+
+    platform: str
+    device_kind: str
+
+
+def target() -> Target:
+    """The devices of the mesh in use (`jax.set_mesh`), which need not be here; without a mesh the default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    device = None if mesh.empty else mesh.abstract_device
+    if device is None:
+        device = jax.devices()[0]
+    return Target(
+        "gpu" if device.platform in ("cuda", "rocm") else device.platform, device.device_kind
+    )
+
+
+def _refuses_nothing(*arguments, **options) -> None:
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,34 +49,49 @@ class Implementation:
 
     Attributes:
         function: the implementation, called with the op's validated arguments.
-        platforms: the platforms of `jax.default_backend()` that it runs on ("cpu", "tpu", "gpu"); None for all.
+        platforms: the platforms that it runs on ("cpu", "tpu", "gpu"); None for all.
         automatic: whether `implementation=None` may take it.
+        refuses: called with the same arguments; says what about them the implementation cannot do, or returns None.
     """
 
     function: Callable
     platforms: tuple[str, ...] | None = None
     automatic: bool = True
+    refuses: Callable[..., str | None] = _refuses_nothing
 
     def runs_on(self, platform: str) -> bool:
         return self.platforms is None or platform in self.platforms
 
 
-def select(op: str, table: Mapping[str, Implementation], implementation: str | None) -> Callable:
-    """Returns the function of `implementation`, or of the best one for this platform where it is None.
+def select(
+    op: str,
+    table: Mapping[str, Implementation],
+    implementation: str | None,
+    *arguments,
+    **options,
+) -> Callable:
+    """Returns the function of `implementation`, or of the best one for this device where it is None.
 
     Args:
         op: name of the op, for messages.
         table: the op's implementations, the preferred ones first.
         implementation: a key of `table`, or None.
+        *arguments: what the function will be called with; so is `**options`.
 
     Raises:
-        ValueError: the name is unknown, or cannot run on this platform.
+        ValueError: the name is unknown, cannot run on this platform, or cannot do this.
     """
-    platform = jax.default_backend()
+    platform, kind = target()
     here = [name for name, entry in table.items() if entry.runs_on(platform)]
     if implementation is None:
-        name = next(name for name in here if table[name].automatic)
-        _log_once(op, name, f"the first of {here} that serves platform {platform!r}")
+        passed_over = []
+        for name in here:
+            reason = table[name].refuses(*arguments, **options)
+            if table[name].automatic and reason is None:
+                break
+            if table[name].automatic:
+                passed_over.append(f"; {name!r} cannot: {reason}")
+        _log_once(op, name, f"the first of {here} for {kind!r}{''.join(passed_over)}")
         return table[name].function
     if implementation not in here:
         why = (
@@ -59,8 +102,16 @@ def select(op: str, table: Mapping[str, Implementation], implementation: str | N
         raise ValueError(
             f"{op}: implementation={implementation!r} {why}; on platform {platform!r} there is {here}"
         )
+    reason = table[implementation].refuses(*arguments, **options)
+    if reason is not None:
+        raise ValueError(f"{op}: implementation={implementation!r} cannot: {reason}")
     _log_once(op, implementation, "named by the caller")
     return table[implementation].function
+
+
+def call(op: str, table: Mapping, implementation: str | None, *arguments, **options):
+    """Calls what `select` returns with the arguments."""
+    return select(op, table, implementation, *arguments, **options)(*arguments, **options)
 
 
 @functools.cache

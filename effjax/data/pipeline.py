@@ -15,8 +15,8 @@ from effjax.data.packing import batch_of_rows, packed_rows
 from effjax.data.sources import Documents, StreamedDocuments
 from effjax.data.tokenizers import Tokenizer
 
-# Held-out documents come in one fixed random order, so that the first batches alone are a fair
-# sample.
+# Held-out documents, and the rows they are packed into, come in one fixed random order: the first
+# batches alone are a fair sample, even where a batch is shorter than a document.
 _HELDOUT_SEED = 0
 # Read in the thread that packs: the last stage prefetches whole batches, and grain's default of 16
 # reading threads with 500 documents ahead is made for remote storage.
@@ -76,6 +76,7 @@ def heldout_batches(
     *,
     seq_len: int,
     batch_size: int,
+    shuffle_window: int,
     shard_index: int,
     shard_count: int,
 ) -> grain.IterDataset:
@@ -94,6 +95,9 @@ def heldout_batches(
         stream = grain.MapDataset.source(documents).shuffle(_HELDOUT_SEED).to_iter_dataset(_READ)
     to_batch = functools.partial(batch_of_rows, pad_id=tokenizer.pad_id)
     rows = packed_rows(stream, tokenizer, seq_len)
+    rows = grain.experimental.WindowShuffleIterDataset(
+        rows, window_size=shuffle_window, seed=_HELDOUT_SEED
+    )
     return _share_of_padded_batches(rows, batch_size, shard_index, shard_count).map(to_batch)
 
 

@@ -159,7 +159,13 @@ def _heldout(recipe: DataRecipe, shard: dict[str, int]) -> grain.IterDataset:
     found = _find(recipe, "heldout")
     if isinstance(found, grain.MapDataset):
         return pipeline.heldout_examples(found, pad_id=recipe.tokenizer.pad_id, **shard)
-    return pipeline.heldout_batches(found, recipe.tokenizer, seq_len=recipe.seq_len, **shard)
+    return pipeline.heldout_batches(
+        found,
+        recipe.tokenizer,
+        seq_len=recipe.seq_len,
+        shuffle_window=recipe.shuffle_window,
+        **shard,
+    )
 
 
 def _find(recipe: DataRecipe, split: str) -> Documents | grain.MapDataset:

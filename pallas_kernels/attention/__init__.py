@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import reference, xla
 from pallas_kernels.attention.mask import Mask, Tokens
-from pallas_kernels.dispatch import Implementation, select
+from pallas_kernels.dispatch import Implementation, call
 
 IMPLEMENTATIONS = {
     "xla": Implementation(xla.attention),
@@ -63,8 +63,10 @@ def attention(
     segments = _pair("segment_ids", segment_ids, q, k) or (None, None)
     in_order = tuple(jnp.arange(-x.shape[1], 0, dtype=jnp.int32)[None] for x in (q, k))
     ordered = _pair("positions", positions, q, k) or in_order
-    function = select("attention", IMPLEMENTATIONS, implementation)
-    out, lse = function(
+    out, lse = call(
+        "attention",
+        IMPLEMENTATIONS,
+        implementation,
         q,
         k,
         v,

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, select
+from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.grouped_matmul import reference, xla
 
 IMPLEMENTATIONS = {
@@ -56,5 +56,5 @@ def grouped_matmul(
         raise ValueError(
             f"grouped_matmul: group_sizes must be integer, not {jnp.result_type(group_sizes)}"
         )
-    function = select("grouped_matmul", IMPLEMENTATIONS, implementation)
-    return function(lhs, rhs, jnp.asarray(group_sizes, jnp.int32))
+    group_sizes = jnp.asarray(group_sizes, jnp.int32)
+    return call("grouped_matmul", IMPLEMENTATIONS, implementation, lhs, rhs, group_sizes)

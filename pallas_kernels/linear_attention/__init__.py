@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, select
+from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.linear_attention import feature_maps, reference, xla
 from pallas_kernels.linear_attention.feature_maps import FEATURE_MAPS, FeatureMap
 from pallas_kernels.linear_attention.state import LinearAttentionState, runs, step
@@ -80,8 +80,10 @@ def linear_attention(
     state = initial_state
     if state is not None:
         state = _check_state(state, q, v, feature_map)
-    function = select("linear_attention", IMPLEMENTATIONS, implementation)
-    out, state = function(
+    out, state = call(
+        "linear_attention",
+        IMPLEMENTATIONS,
+        implementation,
         q,
         k,
         v,

@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+
+from pallas_kernels import topology
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
@@ -38,13 +41,15 @@ def outputs_and_gradients(function, inputs: dict, cotangents: dict, dtype) -> di
     return outputs | {f"d_{name}": gradient for name, gradient in gradients.items()}
 
 
-def assert_close(make_function, inputs: dict, cotangents: dict, dtype: str) -> None:
-    """Holds `make_function("xla")` in `dtype` against `make_function("reference")` in float64 on the same values."""
+def assert_close(
+    make_function, inputs: dict, cotangents: dict, dtype: str, implementation: str = "xla"
+) -> None:
+    """Holds `make_function(implementation)` in `dtype` against "reference" in float64 on the same values."""
     rounded = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype), np.float64), inputs)
     with jax.enable_x64(True):
         want = outputs_and_gradients(make_function("reference"), rounded, cotangents, jnp.float64)
         want = {name: np.asarray(x) for name, x in want.items()}
-    got = outputs_and_gradients(make_function("xla"), inputs, cotangents, dtype)
+    got = outputs_and_gradients(make_function(implementation), inputs, cotangents, dtype)
     errors = {name: relative_error(got[name], want[name]) for name in want}
     print({name: f"{error:.1e}" for name, error in errors.items()})
     assert set(got) == set(want)
@@ -58,3 +63,18 @@ def assert_close(make_function, inputs: dict, cotangents: dict, dtype: str) -> N
 def temporary_bytes(function, *arguments) -> int:
     """Temporary memory of the compiled function."""
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
+
+
+needs_libtpu = pytest.mark.skipif(
+    not topology.is_available(), reason="NOT PROVEN FOR TPU: libtpu is not installed"
+)
+
+
+def compile_with_gradients(chip: str, function, inputs: dict) -> jax.stages.Compiled:
+    """Compiles `function(**inputs)`, one array, and its gradient in every input for an absent TPU."""
+
+    def both(inputs):
+        out, pull = jax.vjp(lambda inputs: function(**inputs), inputs)
+        return out, pull(jnp.ones_like(out))
+
+    return topology.compile_for(chip, both, inputs)

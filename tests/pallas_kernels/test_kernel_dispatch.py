@@ -1,9 +1,12 @@
 import logging
 
+import numpy as np
 import pytest
+from proof import needs_libtpu
 
 import pallas_kernels
-from pallas_kernels.dispatch import Implementation, select
+from pallas_kernels import topology
+from pallas_kernels.dispatch import Implementation, Target, select, target
 
 TABLE = {
     "tensor_cores": Implementation(lambda: "tensor_cores", platforms=("gpu",)),
@@ -31,6 +34,31 @@ def test_what_cannot_run_here_is_an_error_that_lists_what_can():
         select("op", TABLE, "tensor_cores")
     with pytest.raises(ValueError, match=r"'tensor_core' is unknown; .* \['by_hand', 'anywhere'\]"):
         select("op", TABLE, "tensor_core")
+
+
+def test_what_the_arguments_do_not_allow_is_passed_over_or_refused(caplog):
+    def odd(x):
+        return f"x={x} is odd" if x % 2 else None
+
+    table = {"even": Implementation(lambda x: "even", refuses=odd), **TABLE}
+    assert select("op", table, None, 2)(2) == "even"
+    with caplog.at_level(logging.INFO, logger="pallas_kernels"):
+        assert select("picky", table, None, 3)() == "anywhere"
+    assert "'even' cannot: x=3 is odd" in caplog.text
+    with pytest.raises(ValueError, match="implementation='even' cannot: x=3 is odd"):
+        select("op", table, "even", 3)
+
+
+@needs_libtpu
+def test_the_target_is_the_mesh_in_use_and_not_the_host():
+    assert target().platform == "cpu"
+    kinds = []
+    topology.compile_for("v6e", lambda x: kinds.append(target()) or x, np.zeros(8, np.float32))
+    assert kinds == [Target("tpu", "TPU v6 lite")]
+    with pytest.raises(ValueError, match="has 4 chips; shape=\\(8,\\) does not fit"):
+        topology.mesh("v5e:2x2", (8,))
+    with pytest.raises(ValueError, match="'v5e:77x3' is not known to libtpu; valid: v4, v5e"):
+        topology.mesh("v5e:77x3")
 
 
 def test_every_op_is_listed_with_a_reference():
