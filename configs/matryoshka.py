@@ -18,10 +18,31 @@ SIZES = {
 DIMS = {None: (8, 16, 32, 64, 128), "bert-base": (12, 24, 48, 96, 192, 384, 768)}
 
 
+# Bytes say little one by one: a short convolution before the attention lets a few hundred steps learn names from them.
+TINY = {
+    "num_layers": 2,
+    "mixers": (
+        {"name": "short_conv", "expansion": 1},
+        {"name": "attention", "num_heads": 4, "causal": False},
+    ),
+}
+
+
 def get_config(size=None):
-    config = configs.of_size("matryoshka", size, SIZES)
+    config = configs.of_size("matryoshka", size, SIZES) if size else tiny()
     config.data.source = configs.part_config("source", "stdlib_pairs")
-    config.objective = configs.part_config("objective", "contrastive", matryoshka_dims=DIMS[size])
+    config.objective = configs.part_config(
+        "objective", "contrastive", temperature=0.07, matryoshka_dims=DIMS[size]
+    )
     if size:
         config.data.seq_len = 512
+    return config
+
+
+def tiny():
+    config = configs.default("matryoshka", **TINY)
+    config.data.seq_len = 128
+    config.data.batch_size = 64  # the others of a batch are the wrong answers
+    config.optimizer.schedule.peak = 4e-3
+    config.training.num_steps = 200
     return config

@@ -45,7 +45,7 @@ class Block(nn.Module):
         x = x + mixed
         aux = [scalars.flops(flops)]
         if self.ffn is not None:
-            update, ffn_aux = self.ffn(self.ffn_norm(x), train=train)
+            update, ffn_aux = self.ffn(self.ffn_norm(x), mask=segment_ids > 0, train=train)
             x = x + update
             aux.append(ffn_aux)
         x = nn.with_logical_constraint(x, ("batch", "length", None))

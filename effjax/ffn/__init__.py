@@ -1,4 +1,4 @@
-"""Feed-forwards: `(x[B, T, D]) -> (y[B, T, D], aux)`."""
+"""Feed-forwards: `(x[B, T, D], *, mask[B, T], train) -> (y[B, T, D], aux)`, where the mask tells text from padding."""
 
 from effjax.ffn.adamoe import AdaMoE
 from effjax.ffn.dense import Dense, Gated

@@ -38,7 +38,9 @@ class AdaMoE(MixtureOfExperts):
     def nulls(self) -> int:
         return self.num_null
 
-    def route(self, logits):
+    def route(self, logits, mask):
         assignment = top_k.top_k(logits, self.top_k, num_null=self.num_null)
-        balance = load_balancing_loss(assignment.probs, assignment.indices, num_null=self.num_null)
+        balance = load_balancing_loss(
+            assignment.probs, assignment.indices, num_null=self.num_null, mask=mask
+        )
         return assignment, {"loss/load_balancing": self.balance_weight * balance}

@@ -45,7 +45,7 @@ class Dense(nn.Module):
         return 2.0 * 2 * d_model * (self.hidden_dim or 4 * d_model)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], *, train: bool = False):
+    def __call__(self, x: Float[Array, "B T D"], *, mask=None, train: bool = False):
         d_model = x.shape[-1]
         hidden = Linear(self.hidden_dim or 4 * d_model, self.use_bias, name="up")(x)
         y = Linear(d_model, self.use_bias, name="down")(activation(self.activation)(hidden))
@@ -70,7 +70,7 @@ class Gated(nn.Module):
         return 2.0 * 3 * d_model * (self.hidden_dim or gated_width(d_model))
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], *, train: bool = False):
+    def __call__(self, x: Float[Array, "B T D"], *, mask=None, train: bool = False):
         d_model = x.shape[-1]
         width = self.hidden_dim or gated_width(d_model)
         gate = Linear(width, self.use_bias, name="gate")(x)

@@ -10,7 +10,7 @@ from effjax.ffn.dense import activation
 from effjax.ffn.experts import Experts
 from effjax.nn import Linear, scalars
 from effjax.registry import unknown
-from effjax.routing.balance import load
+from effjax.routing.balance import TokenMask, load, token_mean
 from effjax.routing.confidence import router_entropy, router_z_loss
 from effjax.routing.placement import capacity
 from effjax.routing.top_k import Assignment, check_choices
@@ -21,9 +21,8 @@ DISPATCHES = ("capacity", "dropless")
 class MixtureOfExperts(nn.Module):
     """A feed-forward that is a weighted sum of a few out of many (Shazeer et al., 1701.06538).
 
-    Concrete mixtures define `route`. Routing is in float32 whatever the dtype of x. The part sees
-    no segment ids: padding is routed like text. It comes last in its row, so it takes no text's
-    place in an expert, but it does count in the losses and metrics.
+    Concrete mixtures define `route`. Routing is in float32 whatever the dtype of x. Padding goes to
+    no expert and counts in no loss and no metric.
 
     With `dispatch="capacity"` the time that a batch takes is that of the buffers, full or not;
     `flops/spent` counts the rows in use. Few tokens leave most buffers empty, so decode with
@@ -88,8 +87,10 @@ class MixtureOfExperts(nn.Module):
         """Null experts among those a token can choose, M."""
         return 0
 
-    def route(self, logits: Float[Array, "B T EM"]) -> tuple[Assignment, scalars.Scalars]:
-        """Chooses the experts of each token; returns them with the weighted balancing losses."""
+    def route(
+        self, logits: Float[Array, "B T EM"], mask: TokenMask
+    ) -> tuple[Assignment, scalars.Scalars]:
+        """Chooses the experts of each token; returns them with the weighted balancing losses over `mask`."""
         raise NotImplementedError
 
     @property
@@ -102,10 +103,18 @@ class MixtureOfExperts(nn.Module):
         return self._router_flops(d_model) + self.choices * self._experts().flops_per_row(d_model)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"], *, train: bool = False):
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        *,
+        mask: Bool[Array, "B T"] | None = None,
+        train: bool = False,
+    ):
         """Returns (y [B, T, D], aux); a token that is given no expert gets exactly 0."""
         logits = self._logits(x, train)
-        assignment, losses = self.route(logits)
+        assignment, losses = self.route(logits, mask)
+        if mask is not None:
+            assignment = assignment.only(mask)
         experts = self._experts(parent=self, name="experts")
         if self.dispatch == "capacity":
             num_rows = capacity(
@@ -114,8 +123,8 @@ class MixtureOfExperts(nn.Module):
             y, kept = dispatch.capacity(experts, x, assignment, num_rows)
         else:
             y, kept = dispatch.dropless(experts, x, assignment)
-        losses["loss/router_z"] = self.z_weight * router_z_loss(logits)
-        return y, losses | self._report(assignment, kept, x.shape[-1])
+        losses["loss/router_z"] = self.z_weight * router_z_loss(logits, mask)
+        return y, losses | self._report(assignment, kept, mask, x.shape[-1])
 
     def _logits(self, x: Float[Array, "B T D"], train: bool) -> Float[Array, "B T EM"]:
         x = x.astype(jnp.float32)
@@ -140,16 +149,20 @@ class MixtureOfExperts(nn.Module):
         return 2.0 * d_model * (self.num_experts + self.nulls)
 
     def _report(
-        self, assignment: Assignment, kept: Bool[Array, "B T K"], d_model: int
+        self,
+        assignment: Assignment,
+        kept: Bool[Array, "B T K"],
+        mask: TokenMask,
+        d_model: int,
     ) -> scalars.Scalars:
         used = jnp.sum(kept, axis=-1, dtype=jnp.float32)
         chosen = jnp.sum(assignment.true, dtype=jnp.float32)
         loads = load(assignment.indices, self.num_experts)
-        mean_experts = jnp.mean(used)
+        mean_experts = token_mean(used, mask)
         spent = self._router_flops(d_model) + mean_experts * self._experts().flops_per_row(d_model)
         return {
             "moe/fraction_dropped": 1 - jnp.sum(used) / jnp.maximum(chosen, 1.0),
-            "moe/router_entropy": router_entropy(assignment.probs),
+            "moe/router_entropy": router_entropy(assignment.probs, mask),
             "moe/mean_experts": mean_experts,
             "moe/load_imbalance": jnp.max(loads) * self.num_experts,
             "token/experts": used,

@@ -29,7 +29,7 @@ class Switch(MixtureOfExperts):
     def choices(self) -> int:
         return 1
 
-    def route(self, logits):
+    def route(self, logits, mask):
         assignment = top_k.switch(logits)
-        balance = load_balancing_loss(assignment.probs, assignment.indices)
+        balance = load_balancing_loss(assignment.probs, assignment.indices, mask=mask)
         return assignment, {"loss/load_balancing": self.balance_weight * balance}

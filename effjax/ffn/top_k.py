@@ -36,13 +36,13 @@ class TopK(MixtureOfExperts):
     def choices(self) -> int:
         return self.top_k
 
-    def route(self, logits):
+    def route(self, logits, mask):
         if self.balancing == "loss":
             assignment = top_k.top_k(logits, self.top_k)
-            balance = load_balancing_loss(assignment.probs, assignment.indices)
+            balance = load_balancing_loss(assignment.probs, assignment.indices, mask=mask)
             return assignment, {"loss/load_balancing": self.balance_weight * balance}
         zeros = nn.initializers.zeros_init()
         bias = self.param("balance_bias", zeros, (self.num_experts,), jnp.float32)
         assignment = top_k.top_k(logits, self.top_k, bias=bias)
-        loads = load(assignment.indices, self.num_experts)
+        loads = load(assignment.indices, self.num_experts, mask)
         return assignment, {"loss/balance_bias": loss_free_bias_loss(loads, bias)}

@@ -28,6 +28,14 @@ class Assignment:
         """Which of the choices are true experts."""
         return self.indices < self.num_experts
 
+    def only(self, mask: Bool[Array, "..."]) -> "Assignment":
+        """The assignment of the tokens marked by `mask`; the others go to no expert at all."""
+        nobody = self.probs.shape[-1]
+        return self.replace(
+            indices=jnp.where(mask[..., None], self.indices, nobody),
+            weights=jnp.where(mask[..., None], self.weights, 0.0),
+        )
+
 
 def switch(logits: Float[Array, "... E"]) -> Assignment:
     """The one best expert, weighted by its probability (arXiv 2101.03961, section 2.1, eq. 1-2).

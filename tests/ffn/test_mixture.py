@@ -207,6 +207,25 @@ def test_without_jitter_training_needs_no_randomness(rng):
     np.testing.assert_array_equal(train, evaluate)
 
 
+@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+@pytest.mark.parametrize("name", MIXTURES)
+def test_padding_goes_to_no_expert_and_counts_nowhere(rng, name, dispatch):
+    """Rows with padding, wherever it is, give the text what its row without padding gives it."""
+    module = MIXTURES[name][0].clone(dispatch=dispatch, capacity_factor=100.0)
+    params, x = as_float32((random_params(module, rng), rng.normal(size=(B, 2 * T, D))))
+    mask = np.stack([rng.permutation(2 * T) < T for _ in range(B)])
+    y, aux = apply(module, params, x, mask=jnp.asarray(mask))
+    text, expected = apply(module, params, x[mask].reshape(B, T, D))
+    np.testing.assert_array_equal(y[~mask], 0.0)
+    np.testing.assert_allclose(y[mask].reshape(B, T, D), text, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(
+        aux.pop("token/experts")[mask], expected.pop("token/experts").ravel()
+    )
+    assert aux.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_allclose(aux[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+
+
 @pytest.mark.parametrize("name", ["switch", "adamoe"])
 def test_extreme_inputs_stay_finite(rng, name, ways):
     module = MIXTURES[name][0].clone(**ways)
