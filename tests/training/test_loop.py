@@ -164,8 +164,8 @@ class Halves(Gated):
     def at_step(self, step):
         return self.clone(gain=0.5 if step < 2 else 1.0)
 
-    def __call__(self, x, *, train=False):
-        y, aux = super().__call__(x, train=train)
+    def __call__(self, x, *, mask=None, train=False):
+        y, aux = super().__call__(x, mask=mask, train=train)
         return self.gain * y, aux | {"test/gain": jnp.float32(self.gain)}
 
 
