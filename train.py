@@ -6,7 +6,9 @@ from effjax import cli
 
 _CONFIG = cli.define_config("Config of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
-flags.mark_flag_as_required("config")
+flags.register_validator(
+    "config", lambda config: config is not None, "name a recipe, such as --config=configs/mor.py"
+)
 
 
 def main():
