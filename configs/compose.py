@@ -10,11 +10,13 @@ from effjax import registry
 from effjax.training import config as configs
 
 PARTS = ("mixers", "ffn", "depth", "head", "norm", "num_layers", "d_model")
+# What every depth policy takes as it is: the middle three are one layer three times, or three layers.
+NUM_LAYERS = 5
 
 
 def get_config(parts=None):
     overrides = dict(_field(part) for part in parts.split(",")) if parts else {}
-    return configs.default("transformer", **overrides)
+    return configs.default("transformer", **({"num_layers": NUM_LAYERS} | overrides))
 
 
 def _field(part):

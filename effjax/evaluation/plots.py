@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 _SIZE = (6.4, 4.0)
 _DPI = 150
@@ -84,6 +84,8 @@ def histogram(counts: Mapping[float, int], label: str, what: str) -> Figure:
     if len(values) <= 12:
         axes.bar_label(bars, [f"{100 * share:.1f}%" for share in shares], fontsize=9, padding=2)
         axes.set_xticks(values)
+    elif np.array_equal(values, values.round()):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.margins(y=0.12)
     _label(axes, label, "share of tokens")
