@@ -39,10 +39,10 @@ class DataRecipe:
       seq_len: positions a row, at least 2.
       batch_size: rows a batch over all processes; each process yields `batch_size / shard_count`.
       seed: of the order of the training data, 0 <= seed < 2**32.
-      shuffle_tokens: tokens whose packed rows are shuffled together; 1 keeps the order of the rows.
-        Takes 16 bytes of memory each, and restoring a state packs up to so many anew. The default
-        holds all of the standard library: in a narrower window a few long files of tables make up
-        much of what a short run sees. Pairs are shuffled globally.
+      shuffle_window: packed rows that are shuffled together; 1 keeps their order. Takes 16 bytes a
+        token of memory, and restoring a state packs up to this many rows anew. The default holds
+        all of the standard library in rows of 256: in a narrower window a few long files of tables
+        make up much of what a short run sees. Pairs are shuffled globally.
       prefetch: batches made ahead in a thread; 0 makes none ahead.
     """
 
@@ -51,21 +51,16 @@ class DataRecipe:
     seq_len: int = 256
     batch_size: int = 16
     seed: int = 0
-    shuffle_tokens: int = 2**23
+    shuffle_window: int = 2**15
     prefetch: int = 2
 
     def __post_init__(self):
         _at_least("seq_len", self.seq_len, 2)
         _at_least("batch_size", self.batch_size, 1)
-        _at_least("shuffle_tokens", self.shuffle_tokens, 1)
+        _at_least("shuffle_window", self.shuffle_window, 1)
         _at_least("prefetch", self.prefetch, 0)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"data: seed is {self.seed}; valid: 0 <= seed < 2**32")
-
-    @property
-    def shuffle_window(self) -> int:
-        """Rows that are shuffled together."""
-        return max(self.shuffle_tokens // self.seq_len, 1)
 
 
 def default_config() -> dict[str, Any]:

@@ -177,6 +177,7 @@ def of_size(
         raise ValueError(f"config: {registry.unknown('size', name, sizes)}")
     config = default(model, **sizes[name])
     config.data.seq_len = 2048
+    config.data.shuffle_window = 4096
     config.data.batch_size = 512
     config.optimizer.schedule = part_config("schedule", "warmup_stable_decay")
     config.training.num_steps = 20_000

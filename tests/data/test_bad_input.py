@@ -20,7 +20,7 @@ def refused(config, *fragments, split="train", **options):
     [
         ("seq_len", 1, "2 or more"),
         ("batch_size", 0, "1 or more"),
-        ("shuffle_tokens", 0, "1 or more"),
+        ("shuffle_window", 0, "1 or more"),
         ("prefetch", -1, "0 or more"),
         ("seed", -1, "0 <= seed < 2**32"),
         ("seed", 2**32, "0 <= seed < 2**32"),

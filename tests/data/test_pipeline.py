@@ -21,7 +21,7 @@ def text_config(tmp_path, **changes):
         "source": {"name": "text", "paths": str(tmp_path / "*.txt"), "heldout_fraction": 0.3},
         "seq_len": 32,
         "batch_size": 4,
-        "shuffle_tokens": 64 * 32,
+        "shuffle_window": 64,
         **changes,
     }
 
@@ -77,8 +77,8 @@ def test_training_rows_are_all_full(corpus, tmp_path):
 
 def test_rows_are_shuffled(corpus, tmp_path):
     corpus(30)
-    in_order = first(16, text_config(tmp_path, shuffle_tokens=1))
-    shuffled = first(16, text_config(tmp_path, shuffle_tokens=64 * 32))
+    in_order = first(16, text_config(tmp_path, shuffle_window=1))
+    shuffled = first(16, text_config(tmp_path, shuffle_window=64))
     assert not same(in_order[0], shuffled[0])
     rows = [sorted(row.tobytes() for b in batches for row in b["tokens"])
             for batches in (in_order, shuffled)]  # fmt: skip
@@ -87,7 +87,7 @@ def test_rows_are_shuffled(corpus, tmp_path):
 
 def test_each_epoch_has_every_document_in_another_order(corpus, tmp_path):
     texts = corpus(20)
-    config = text_config(tmp_path, shuffle_tokens=1)
+    config = text_config(tmp_path, shuffle_window=1)
     train = list(data.documents(config, split="train"))
     count = len(train)
     assert 5 < count < len(texts)
@@ -100,7 +100,7 @@ def test_each_epoch_has_every_document_in_another_order(corpus, tmp_path):
 
 def test_three_processes_read_every_training_document_once(corpus, tmp_path):
     corpus(40)
-    config = text_config(tmp_path, shuffle_tokens=1, batch_size=6)
+    config = text_config(tmp_path, shuffle_window=1, batch_size=6)
     train = list(data.documents(config, split="train"))
     count = len(train)
     seen = []

@@ -167,7 +167,7 @@ def test_hugging_face_shards_cover_the_stream_once(json_files):
 
 
 def test_hugging_face_stream_resumes_across_epochs(json_files):
-    config = {"source": json_files, "seq_len": 32, "batch_size": 2, "shuffle_tokens": 64 * 32}
+    config = {"source": json_files, "seq_len": 32, "batch_size": 2, "shuffle_window": 64}
     iterator, states, batches = data.build(config, split="train"), [], []
     for _ in range(150):  # some two epochs
         states.append(json.dumps(iterator.get_state()))

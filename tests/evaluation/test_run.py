@@ -26,7 +26,7 @@ def config_of(model, source, **overrides):
     return {
         "seed": 0,
         "model": models.spec(model, **SMALL | overrides),
-        "data": {"source": source, "seq_len": 64, "batch_size": 4},
+        "data": {"source": source, "seq_len": 64, "batch_size": 4, "shuffle_window": 8},
         "objective": {"name": "next_token"},
         "evaluation": EVALUATION,
     }

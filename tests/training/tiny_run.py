@@ -41,7 +41,7 @@ def make_config(text_folder, model="transformer", num_layers=1, **training):
     config = configs.default(model, d_model=16, num_layers=num_layers)
     source = {"paths": f"{text_folder}/*.txt", "heldout_fraction": 0.3}
     config.data.source = configs.part_config("source", "text", **source)
-    config.data.update(seq_len=16, batch_size=4, shuffle_tokens=128)
+    config.data.update(seq_len=16, batch_size=4, shuffle_window=8)
     config.mesh.data = 1
     config.training.update(num_steps=12, log_every=3, eval_every=6, eval_batches=2)
     config.training.update(checkpoint_every=4, keep=2, keep_best=False)
