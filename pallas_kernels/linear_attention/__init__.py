@@ -1,10 +1,12 @@
-"""Linear attention: signatures, validation and dispatch. `reference.py` and `xla.py` hold the implementations."""
+"""Linear attention: signatures, validation and dispatch. `reference`, `xla` and `tpu` hold the implementations."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.linear_attention import feature_maps, reference, xla
+from pallas_kernels.linear_attention import feature_maps, reference, tpu, xla
 from pallas_kernels.linear_attention.feature_maps import FEATURE_MAPS, FeatureMap
 from pallas_kernels.linear_attention.state import LinearAttentionState, runs, step
 
@@ -17,8 +19,14 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = {
+    "tpu": Implementation(tpu.linear_attention, platforms=("tpu",), refuses=tpu.refuses),
     "xla": Implementation(xla.linear_attention),
     "reference": Implementation(reference.linear_attention),
+    "tpu_interpret": Implementation(
+        functools.partial(tpu.linear_attention, interpret=True),
+        automatic=False,
+        refuses=tpu.refuses,
+    ),
 }
 
 
@@ -57,7 +65,8 @@ def linear_attention(
         eps: added to the sum of the weights.
         initial_state: state of the tokens before, which are of the first segment of each row; None: none.
         return_state: also return the state after the last token, which is that of the last segment of each row.
-        implementation: "xla" or "reference"; None takes the best for this platform.
+        implementation: "tpu", "xla", "reference" or "tpu_interpret" (the TPU kernels by Pallas's interpreter); None
+            takes the best for this platform.
 
     Returns:
         out [B, T, H, Dv] in v's dtype; with `return_state` the pair of it and a `LinearAttentionState`.

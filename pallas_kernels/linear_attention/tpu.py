@@ -1,0 +1,230 @@
+"""Linear attention on TPU (Pallas, Mosaic): the chunked form with the state in VMEM.
+
+Here are layout, grids and the custom VJP; `tpu_chunk` has the kernels, `tpu_features` the feature maps as they
+compute them, `tpu_blocks` the sizes. The backward keeps q, k, v, out and the sums of the weights, and no state: the
+kernel of dq walks forward and makes the states again, that of dk and dv walks backward with the gradient of the state.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.dispatch import target
+from pallas_kernels.linear_attention import tpu_chunk
+from pallas_kernels.linear_attention.state import LinearAttentionState
+from pallas_kernels.linear_attention.tpu_blocks import blocks, ones_rows
+from pallas_kernels.linear_attention.tpu_chunk import Spec
+from pallas_kernels.linear_attention.tpu_features import cannot_trace, kernel_features
+from pallas_kernels.varying import vary_alike
+
+
+def refuses(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps) -> str | None:
+    """What the kernels cannot do."""
+    if q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"q has dtype {q.dtype}; the kernels take float32 and bfloat16"
+    reason = cannot_trace(feature_map, q.shape[-1])
+    if reason is not None:
+        return f"feature_map.expand cannot be part of a kernel: {reason}"
+    if _blocks(q, v, feature_map, chunk_size) is None:
+        count = feature_map.num_features(q.shape[-1])
+        reason = f"a state of {count} features x {v.shape[-1]} values does not fit into VMEM"
+        return reason if chunk_size is None else f"{reason} beside a chunk of {chunk_size} tokens"
+    return None
+
+
+def linear_attention(
+    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, interpret=False
+):
+    """Returns `(out [B, T, H, Dv], LinearAttentionState)`; see the package for the arguments.
+
+    A chunk is a multiple of 128 tokens: `chunk_size` is rounded up. `interpret`: as `pallas_call` takes it.
+    """
+    q, k, v, runs, state = vary_alike((q, k, v, runs, state))
+    time, value_dim = v.shape[1], v.shape[3]
+    features = kernel_features(feature_map, q.shape[-1])
+    sizes = _blocks(q, v, feature_map, chunk_size)
+    if interpret is True and _varying(q) != _varying(jnp.zeros(())):
+        # The plain interpreter, the fast one, does not keep track of the mesh axes of `jax.shard_map`.
+        interpret = pltpu.InterpretParams()
+    spec = Spec(features, sizes, time, normalize, eps, interpret)
+    q, k = (_to_kernel(spec, x, features.dim) for x in (q, k))
+    padded_values = value_dim + -value_dim % ones_rows(v.dtype)
+    v = _to_kernel(spec, v, padded_values)
+    rows = None if runs is None else segment_rows(spec, runs)
+    if state is not None:
+        state = features.from_public(_pack(state, padded_values, ones_rows(v.dtype)))
+    out, last = _linear_attention(spec, q, k, v, rows, state)
+    last = features.to_public(last)
+    kv, k_sum = last[:, :, :value_dim].swapaxes(2, 3), last[:, :, padded_values]
+    out = out.transpose(0, 3, 1, 2)[:, :time, :, :value_dim]
+    return out, LinearAttentionState(kv, k_sum)
+
+
+def _blocks(q, v, feature_map, chunk_size):
+    features = kernel_features(feature_map, q.shape[-1])
+    return blocks(
+        time=q.shape[1],
+        heads=q.shape[2],
+        dim=features.dim,
+        value_dim=v.shape[3] + -v.shape[3] % ones_rows(v.dtype),
+        num_features=features.num_features,
+        dtype=q.dtype,
+        device_kind=target().device_kind,
+        chunk_size=chunk_size,
+    )
+
+
+def segment_rows(spec: Spec, runs):
+    """What the kernels know of segments, each a row that they multiply with: int [B, T] -> float32 [B, 4, T].
+
+    The rows: the run of each token; whether it is that of the state before its chunk; whether it is that of the state
+    after; whether these two are the same. The state is of the last run that began, at first of run 1.
+    """
+    chunk = spec.blocks.chunk
+    runs = jnp.pad(runs, ((0, 0), (0, -runs.shape[1] % spec.blocks.tokens)))
+    by_chunk = runs.reshape(runs.shape[0], -1, chunk)
+    after = jnp.maximum(jax.lax.cummax(by_chunk.max(axis=2), axis=1), 1)
+    before = jnp.pad(after[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+    before, after = (jnp.repeat(x, chunk, axis=1) for x in (before, after))
+    rows = jnp.stack([runs, runs == before, runs == after, before == after], axis=1)
+    return rows.astype(jnp.float32)
+
+
+def _to_kernel(spec, x, dim: int):
+    """[B, T, H, D] -> [B, H, dim, whole blocks of T], filled up with zeros."""
+    time = -x.shape[1] % spec.blocks.tokens
+    padding = ((0, 0), (0, time), (0, 0), (0, dim - x.shape[3]))
+    return jnp.pad(x, padding).transpose(0, 2, 3, 1)
+
+
+def _pack(state, value_dim: int, ones: int):
+    """kv [B, H, F, Dv] over k_sum [B, H, F] -> [B, H, value_dim + ones, F]."""
+    kv = state.kv.swapaxes(2, 3)
+    values = jnp.pad(kv, ((0, 0), (0, 0), (0, value_dim - kv.shape[2]), (0, 0)))
+    total = jnp.pad(state.k_sum[:, :, None], ((0, 0), (0, 0), (0, ones - 1), (0, 0)))
+    return jnp.concatenate([values, total], axis=2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _linear_attention(spec, q, k, v, rows, state):
+    return _forward(spec, q, k, v, rows, state)[0]
+
+
+def _forward(spec, q, k, v, rows, state):
+    batch, heads, dim, time = v.shape
+    carry = (dim + ones_rows(v.dtype), spec.features.num_features)
+    out, total, last = _call(
+        spec,
+        tpu_chunk.forward,
+        [(q, "tokens"), (k, "tokens"), (v, "tokens"), (rows, "rows"), (state, "state")],
+        [
+            (_shape_like(v), "tokens"),
+            (_shape_like(v, (batch, heads, 1, time), jnp.float32), "tokens"),
+            (_shape_like(v, (batch, heads, *carry), jnp.float32), "state"),
+        ],
+        carry,
+    )
+    return (out, last), (q, k, v, rows, state, out, total)
+
+
+def _backward(spec, saved, cotangents):
+    q, k, v, rows, state, out, total = saved
+    d_out, d_last = cotangents
+    scales = _gradient_scales(spec, d_out, out, total)
+    if state is not None:
+        state = state.swapaxes(2, 3)
+    d_last = d_last.swapaxes(2, 3)
+    carry = d_last.shape[2:]
+    common = [(q, "tokens"), (k, "tokens"), (v, "tokens"), (rows, "rows")]
+    gradients = [(d_out, "tokens"), (scales, "tokens")]
+    (dq,) = _call(
+        spec,
+        tpu_chunk.query_gradient,
+        [*common, (state, "state"), *gradients],
+        [(_shape_like(q), "tokens")],
+        carry,
+    )
+    dk, dv, d_state = _call(
+        spec,
+        tpu_chunk.key_value_gradient,
+        [*common, (d_last, "state"), *gradients],
+        [(_shape_like(k), "tokens"), (_shape_like(v), "tokens"), (_shape_like(d_last), "state")],
+        carry,
+        reverse=True,
+    )
+    d_rows = None if rows is None else jnp.zeros_like(rows)
+    return dq, dk, dv, d_rows, None if state is None else d_state.swapaxes(2, 3)
+
+
+_linear_attention.defvjp(_forward, _backward)
+
+
+def _gradient_scales(spec, d_out, out, total):
+    """Of out = numerator / total: 1 / total and the gradient of the total, float32 [B, H, 2, T]."""
+    if not spec.normalize:
+        return jnp.concatenate([jnp.ones_like(total), jnp.zeros_like(total)], axis=2)
+    inverse = 1 / total[..., : spec.time]
+    product = jnp.einsum(
+        "bhet,bhet->bht", d_out, out, precision="highest", preferred_element_type=jnp.float32
+    )
+    d_total = -product[:, :, None, : spec.time] * inverse
+    filling = total.shape[3] - spec.time
+    return jnp.pad(
+        jnp.concatenate([inverse, d_total], axis=2), ((0, 0), (0, 0), (0, 0), (0, filling))
+    )
+
+
+def _call(spec, kernel, inputs, outputs, carry, reverse=False):
+    """Runs `kernel` on a grid of (batch, blocks of heads, blocks of tokens).
+
+    Inputs and outputs are pairs of an array (or shape, or None) and what it holds: "tokens" [B, H, rows, T] is cut
+    into blocks of heads and tokens, "rows" [B, rows, T] of tokens, "state" [B, H, ., .] of heads. `carry`: the
+    shape of the state that travels, a head. `reverse`: the last tokens come first.
+    """
+    batch, heads, _, time = inputs[0][0].shape
+    steps, sizes = time // spec.blocks.tokens, spec.blocks
+
+    def block_spec(array, holds):
+        if array is None:
+            return None
+
+        def block(t):
+            return steps - 1 - t if reverse else t
+
+        if holds == "state":
+            return pl.BlockSpec((1, sizes.heads, *array.shape[2:]), lambda b, h, t: (b, h, 0, 0))
+        if holds == "rows":
+            shape = (1, array.shape[1], sizes.tokens)
+            return pl.BlockSpec(shape, lambda b, h, t: (b, 0, block(t)))
+        shape = (1, sizes.heads, array.shape[2], sizes.tokens)
+        return pl.BlockSpec(shape, lambda b, h, t: (b, h, 0, block(t)))
+
+    return pl.pallas_call(
+        functools.partial(kernel, spec),
+        grid=(batch, heads // sizes.heads, steps),
+        in_specs=[block_spec(*x) for x in inputs],
+        out_specs=[block_spec(*x) for x in outputs],
+        out_shape=[x for x, _ in outputs],
+        scratch_shapes=[pltpu.VMEM((sizes.heads, *carry), jnp.float32)],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary")
+        ),
+        interpret=spec.interpret,
+        name=kernel.__name__,
+    )(*(x for x, _ in inputs))
+
+
+def _shape_like(x, shape=None, dtype=None) -> jax.ShapeDtypeStruct:
+    """Shape and dtype, those of `x` unless given, with the mesh axes that `x` varies over."""
+    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, **_varying(x))
+
+
+def _varying(x) -> dict:
+    """The mesh axes that `x` varies over, as `jax.ShapeDtypeStruct` takes them."""
+    aval = jax.typeof(x)
+    # jax 0.12 moved `vma` into `manual_axis_type`.
+    name = "manual_axis_type" if hasattr(aval, "manual_axis_type") else "vma"
+    return {name: getattr(aval, name)}

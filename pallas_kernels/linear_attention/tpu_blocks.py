@@ -1,0 +1,88 @@
+"""How much of linear attention a TPU core takes at a time."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+LANES = 128
+# Of the 16 MiB that a kernel may use on a v5e; the rest is for what the compiler keeps beside.
+VMEM_BYTES = 12 * 2**20
+MAX_HEADS = 4
+MAX_TOKENS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Sizes.
+
+    Attributes:
+        chunk: tokens whose weights are computed at once.
+        tokens: tokens a grid step, whole chunks.
+        heads: heads a grid step, a divisor of all heads.
+    """
+
+    chunk: int
+    tokens: int
+    heads: int
+
+
+def ones_rows(dtype) -> int:
+    """Rows of a register: what a row of ones below the values costs."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def blocks(
+    *,
+    time: int,
+    heads: int,
+    dim: int,
+    value_dim: int,
+    num_features: int,
+    dtype,
+    device_kind: str,
+    chunk_size: int | None = None,
+) -> Blocks | None:
+    """The largest blocks that fit into VMEM; None where the smallest does not.
+
+    Args:
+        time: tokens.
+        heads: all heads.
+        dim: D of the kernel.
+        value_dim: E of the kernel, without the row of ones.
+        num_features: F of the kernel.
+        dtype: of q, k and v.
+        device_kind: a chunk is as long as the matrix unit of the chip is wide.
+        chunk_size: tokens a chunk, rounded up to whole registers; None: by the device, less where that cannot fit.
+    """
+    whole = _round_up(time, LANES)
+    if chunk_size is not None:
+        chunks = (_round_up(chunk_size, LANES),)
+    elif "v6" in device_kind or "v7" in device_kind:
+        chunks = (2 * LANES, LANES)
+    else:
+        chunks = (LANES,)
+    for chunk in (min(chunk, whole) for chunk in chunks):
+        for count in range(min(MAX_HEADS, heads), 0, -1):
+            if heads % count:
+                continue
+            tokens = chunk * max(1, min(MAX_TOKENS, whole) // chunk)
+            while tokens >= chunk:
+                size = _vmem_bytes(chunk, tokens, count, dim, value_dim, num_features, dtype)
+                if size <= VMEM_BYTES:
+                    return Blocks(chunk, tokens, count)
+                tokens = tokens // 2 // chunk * chunk
+    return None
+
+
+def _vmem_bytes(chunk, tokens, heads, dim, value_dim, num_features, dtype) -> int:
+    """Of the gradient of keys and values, which needs most: blocks are double-buffered."""
+    size = jnp.dtype(dtype).itemsize
+    streamed = 2 * heads * tokens * (3 * (dim + value_dim) * size + 2 * 32)
+    width = value_dim + ones_rows(dtype)
+    states = 5 * heads * num_features * _round_up(width, LANES) * 4
+    temporaries = 4 * chunk * (4 * num_features + 5 * chunk + 4 * width)
+    return streamed + states + temporaries
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return x + -x % multiple

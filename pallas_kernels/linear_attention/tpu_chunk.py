@@ -1,0 +1,279 @@
+"""The three TPU kernels of linear attention: forward, gradient of the queries, gradient of keys and values.
+
+Each walks the chunks of a few heads along the last, sequential axis of its grid, with a state in VMEM scratch: the
+forward and the gradient of the queries from the first chunk to the last with the state, the gradient of keys and
+values from the last to the first with the gradient of the state. So nothing of the states reaches HBM, and features
+are computed where they are used.
+
+With s over the keys and t over the queries of a chunk, S and Z the state before and after it, values v with a last row
+of ones (so that the sum of the weights comes out beside the sum of the values), and u the gradient of the sums:
+
+    w_st = φ(k_s) · φ(q_t) for s <= t             dw_st = v_s · u_t for s <= t
+    sums_t = Σ_s v_s w_st + S φ(q_t)              dφ(q_t) = Σ_s φ(k_s) dw_st + Sᵀ u_t
+    Z = S + Σ_s v_s φ(k_s)ᵀ                       dφ(k_s) = Σ_t φ(q_t) dw_st + dZᵀ v_s
+    dS = dZ + Σ_t u_t φ(q_t)ᵀ                     dv_s = Σ_t u_t w_st + dZ φ(k_s)
+
+Everything is [rows, tokens]: tokens fill the 128 lanes whatever the head dimension, and each product takes its
+operands as they lie, but for keys and values on the left of w and dw, which the compiler transposes.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.linear_attention.tpu_blocks import Blocks, ones_rows
+from pallas_kernels.linear_attention.tpu_features import KernelFeatures
+
+# Contracted dimensions of a product.
+ROWS = ((0,), (0,))
+PLAIN = ((1,), (0,))
+LANES = ((1,), (1,))
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The static arguments. `time`: tokens before padding to whole blocks; `interpret`: as `pallas_call` has it."""
+
+    features: KernelFeatures
+    blocks: Blocks
+    time: int
+    normalize: bool
+    eps: float
+    interpret: bool | pltpu.InterpretParams
+
+
+def forward(spec: Spec, q, k, v, rows, state, out, total, last, carry):
+    """One block of tokens of a few heads.
+
+    Args:
+        spec: static arguments.
+        q: ref [1, H, D, T].
+        k: ref [1, H, D, T].
+        v: ref [1, H, E, T].
+        rows: ref float32 [1, 4, T], `tpu.segment_rows`; None: one segment.
+        state: ref float32 [1, H, E + ones, F], before the first token; None: zeros.
+        out: ref [1, H, E, T].
+        total: ref float32 [1, H, 1, T]: the sums of the weights.
+        last: ref like `state`, after the last token.
+        carry: scratch float32 [H, E + ones, F].
+    """
+    _start(carry, state)
+    features, dim, block = spec.features, v.shape[2], pl.program_id(2)
+
+    def chunk(tokens):
+        mask = _mask(spec, rows, tokens, block)
+        for h in range(q.shape[1]):
+            values = _with_ones(v[0, h, :, tokens], mask)
+            phi_q, phi_k = (features.expand(_wide(x[0, h, :, tokens])) for x in (q, k))
+            left, right = _operands(features, (k, q), (phi_k, phi_q), h, tokens, v.dtype)
+            weights = _weights(features, left, right, mask)
+            phi_q, phi_k = _masked(phi_q, mask.from_past), _masked(phi_k, mask.to_state)
+            past = carry[h]
+            sums = _dot(values, weights.astype(v.dtype), PLAIN)
+            sums += _dot(past.astype(v.dtype), phi_q.astype(v.dtype), PLAIN)
+            carry[h] = _masked(past, mask.keeps) + _dot(values, phi_k.astype(v.dtype), LANES)
+            total_row = sums[dim : dim + 1] + spec.eps
+            numerator = sums[:dim]
+            out[0, h, :, tokens] = (
+                numerator * (1 / total_row) if spec.normalize else numerator
+            ).astype(out.dtype)
+            total[0, h, :, tokens] = total_row
+
+    _for_each_chunk(spec, chunk)
+    _finish(carry, last)
+
+
+def query_gradient(spec: Spec, q, k, v, rows, state, d_out, scales, dq, carry):
+    """The gradient of the queries; the states are made again on the way.
+
+    Args:
+        spec: static arguments.
+        q: as in `forward`; so are k, v, rows.
+        state: ref float32 [1, H, F, E + ones]; None: zeros.
+        d_out: ref [1, H, E, T].
+        scales: ref float32 [1, H, 2, T]: what `d_out` is to be multiplied with, and the gradient of the total.
+        dq: ref [1, H, D, T].
+        carry: scratch float32 [H, F, E + ones].
+    """
+    _start(carry, state)
+    features, block = spec.features, pl.program_id(2)
+
+    def chunk(tokens):
+        mask = _mask(spec, rows, tokens, block)
+        for h in range(q.shape[1]):
+            values = _with_ones(v[0, h, :, tokens], mask)
+            d_sums = _gradient_of_sums(d_out, scales, h, tokens)
+            queries = _wide(q[0, h, :, tokens])
+            phi_k = features.expand(_wide(k[0, h, :, tokens]))
+            d_weights = jnp.where(mask.allowed, _dot(values, d_sums, ROWS), 0)
+            past = carry[h]
+            d_phi = _masked(_dot(past.astype(v.dtype), d_sums, PLAIN), mask.from_past)
+            if features.weigh is None:
+                d_phi += _dot(phi_k.astype(v.dtype), d_weights.astype(v.dtype), PLAIN)
+                d_queries = features.pull(queries, d_phi)
+            else:
+                keys = k[0, h, :, tokens]
+                products = _dot(keys, q[0, h, :, tokens], ROWS)
+                d_products = d_weights * features.slope(products)
+                d_queries = _dot(keys, d_products.astype(v.dtype), PLAIN)
+                d_queries += features.pull(queries, d_phi)
+            dq[0, h, :, tokens] = d_queries.astype(dq.dtype)
+            phi_k = _masked(phi_k, mask.to_state).astype(v.dtype)
+            carry[h] = _masked(past, mask.keeps) + _dot(phi_k, values, LANES)
+
+    _for_each_chunk(spec, chunk)
+
+
+def key_value_gradient(spec: Spec, q, k, v, rows, d_last, d_out, scales, dk, dv, d_state, carry):
+    """The gradients of keys, values and the state before the first token; blocks come from the last to the first.
+
+    Args:
+        spec: static arguments.
+        q: as in `query_gradient`; so are k, v, rows, d_out, scales.
+        d_last: ref float32 [1, H, F, E + ones], the gradient of the state after the last token.
+        dk: ref [1, H, D, T].
+        dv: ref [1, H, E, T].
+        d_state: ref like `d_last`.
+        carry: scratch float32 [H, F, E + ones], the gradient of the state after a chunk.
+    """
+    _start(carry, d_last)
+    features, dim = spec.features, v.shape[2]
+    block = pl.num_programs(2) - 1 - pl.program_id(2)
+
+    def chunk(tokens):
+        mask = _mask(spec, rows, tokens, block)
+        for h in range(q.shape[1]):
+            values = _with_ones(v[0, h, :, tokens], mask)
+            d_sums = _gradient_of_sums(d_out, scales, h, tokens)
+            keys = _wide(k[0, h, :, tokens])
+            phi_q, phi_k = (features.expand(x) for x in (_wide(q[0, h, :, tokens]), keys))
+            left, right = _operands(features, (k, q), (phi_k, phi_q), h, tokens, v.dtype)
+            products = _dot(left, right, ROWS)
+            weights = products if features.weigh is None else features.weigh(products)
+            weights = jnp.where(mask.allowed, weights, 0).astype(v.dtype)
+            d_products = jnp.where(mask.allowed, _dot(values, d_sums, ROWS), 0)
+            if features.slope is not None:
+                d_products *= features.slope(products)
+            phi_q = _masked(phi_q, mask.from_past).astype(v.dtype)
+            phi_k = _masked(phi_k, mask.to_state).astype(v.dtype)
+
+            d_after = carry[h]
+            d_phi = _masked(_dot(d_after.astype(v.dtype), values, PLAIN), mask.to_state)
+            d_keys = _dot(right, d_products.astype(v.dtype), LANES)
+            if features.weigh is None:
+                d_keys = features.pull(keys, d_phi + d_keys)
+            else:
+                d_keys += features.pull(keys, d_phi)
+            d_values = _dot(d_sums, weights, LANES) + _dot(d_after.astype(v.dtype), phi_k, ROWS)
+            dk[0, h, :, tokens] = d_keys.astype(dk.dtype)
+            dv[0, h, :, tokens] = d_values[:dim].astype(dv.dtype)
+            carry[h] = _masked(d_after, mask.keeps) + _dot(phi_q, d_sums, LANES)
+
+    _for_each_chunk(spec, chunk, reverse=True)
+    _finish(carry, d_state)
+
+
+class _Mask(NamedTuple):
+    """Which tokens of a chunk meet.
+
+    Attributes:
+        allowed: bool [keys, queries].
+        valid: float32 [1, C], 0 past the end of the sequence.
+        from_past: float32 [1, C], 1 for queries of the segment that the state before the chunk is of; None: all.
+        to_state: float32 [1, C], 1 for keys of the segment that the state after it is of; None: all.
+        keeps: float32 [1, 1], 1 where those two segments are one; None: 1.
+    """
+
+    allowed: jax.Array
+    valid: jax.Array
+    from_past: jax.Array | None = None
+    to_state: jax.Array | None = None
+    keeps: jax.Array | None = None
+
+
+def _mask(spec, rows, tokens, block) -> _Mask:
+    length = spec.blocks.chunk
+    key, query = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    first = block * spec.blocks.tokens + tokens.start
+    position = first + jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
+    valid = (position < spec.time).astype(jnp.float32)
+    if rows is None:
+        return _Mask(key <= query, valid)
+    run, from_past, to_state, keeps = (rows[0, i : i + 1, tokens] for i in range(4))
+    # Padding is run 0, and no query is of run -1.
+    of_keys = jnp.broadcast_to(jnp.where(run == 0, -1, run), (length, length)).T
+    allowed = (key <= query) & (of_keys == run)
+    return _Mask(allowed, valid, from_past, to_state, keeps[:, :1])
+
+
+def _weights(features, left, right, mask):
+    products = _dot(left, right, ROWS)
+    weights = products if features.weigh is None else features.weigh(products)
+    return jnp.where(mask.allowed, weights, 0)
+
+
+def _operands(features, vectors, expanded, h, tokens, dtype):
+    """What the weights are inner products of: the vectors themselves where the map can weigh these."""
+    if features.weigh is None:
+        return tuple(x.astype(dtype) for x in expanded)
+    return tuple(x[0, h, :, tokens] for x in vectors)
+
+
+def _gradient_of_sums(d_out, scales, h, tokens):
+    """[E + ones, C] in the dtype of `d_out`."""
+    scale, d_total = (scales[0, h, i : i + 1, tokens] for i in range(2))
+    d_numerator = (_wide(d_out[0, h, :, tokens]) * scale).astype(d_out.dtype)
+    return jnp.concatenate([d_numerator, _first_row(d_total, d_out.dtype)], axis=0)
+
+
+def _with_ones(values, mask):
+    return jnp.concatenate([values, _first_row(mask.valid, values.dtype)], axis=0)
+
+
+def _first_row(row, dtype):
+    """`row` and zeros below it, which fill up a register."""
+    shape = (ones_rows(dtype), row.shape[1])
+    index = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return jnp.where(index == 0, jnp.broadcast_to(row, shape), 0).astype(dtype)
+
+
+def _masked(x, mask):
+    return x if mask is None else x * mask
+
+
+def _wide(x):
+    return x.astype(jnp.float32)
+
+
+def _dot(x, y, contracted):
+    """A product with float32 sums; float32 operands are not rounded to the bfloat16 of the matrix unit."""
+    precision = "highest" if x.dtype == jnp.float32 else "default"
+    return jax.lax.dot_general(
+        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _for_each_chunk(spec, chunk, reverse=False) -> None:
+    length, count = spec.blocks.chunk, spec.blocks.tokens // spec.blocks.chunk
+
+    def step(i, _):
+        i = count - 1 - i if reverse else i
+        chunk(pl.ds(pl.multiple_of(i * length, length), length))
+
+    jax.lax.fori_loop(0, count, step, None)
+
+
+def _start(carry, state) -> None:
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        carry[...] = jnp.zeros_like(carry) if state is None else state[0]
+
+
+def _finish(carry, last) -> None:
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+        last[0] = carry[...]

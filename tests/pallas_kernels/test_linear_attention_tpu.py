@@ -1,0 +1,330 @@
+"""The TPU kernels of linear_attention: interpreted against the reference in float64, and compiled for absent chips."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from proof import assert_close, compile_with_gradients, needs_libtpu, relative_error
+from test_linear_attention_kernel import random_segments
+
+from pallas_kernels import LinearAttentionState, linear_attention, topology
+from pallas_kernels.linear_attention import FEATURE_MAPS, FeatureMap, tpu, tpu_blocks
+from pallas_kernels.linear_attention.tpu_features import kernel_features
+
+SIGNED = FeatureMap(
+    expand=lambda x: jnp.concatenate([jax.nn.relu(x), jax.nn.relu(-x)], axis=-2),
+    similarity=lambda x, y: jnp.einsum(
+        "...sd,...td->...st",
+        *(jnp.concatenate([jax.nn.relu(z), jax.nn.relu(-z)], axis=-1) for z in (x, y)),
+    ),
+    num_features=lambda dim: 2 * dim,
+)
+
+
+def options_of(feature_map):
+    # The weights of "identity" can sum to 0.
+    return {"feature_map": feature_map, "normalize": feature_map != "identity"}
+
+
+def function_of(implementation, length, has_segments, seed, feature_map, chunk_size=None):
+    segment_ids = random_segments(np.random.default_rng(seed), 2, length) if has_segments else None
+
+    def function(q, k, v, **state):
+        out, state = linear_attention(
+            q,
+            k,
+            v,
+            **options_of(feature_map),
+            chunk_size=chunk_size,
+            segment_ids=segment_ids,
+            initial_state=LinearAttentionState(**state) if state else None,
+            return_state=True,
+            implementation=implementation,
+        )
+        return {"out": out, "kv": state.kv, "k_sum": state.k_sum}
+
+    return function
+
+
+# Length, whether there are segments, whether a state comes in.
+CASES = {
+    "chunks": (300, False, False),
+    "whole chunks": (256, False, True),
+    "segments": (300, True, False),
+    "segments and a state": (270, True, True),
+    "one short chunk": (13, True, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "feature_map", "dtype"),
+    [(case, "taylor", "float32") for case in CASES]
+    + [("segments and a state", name, "float32") for name in ("identity", "elu+1", "softplus")]
+    + [("segments and a state", SIGNED, "float32")]
+    + [("segments and a state", name, "bfloat16") for name in ("taylor", "elu+1")],
+)
+def test_kernels_with_every_gradient_equal_float64(rng, case, feature_map, dtype):
+    length, has_segments, has_state = CASES[case]
+    batch, heads, dim, value_dim = 2, 3, 6, 5
+    get = feature_map if isinstance(feature_map, FeatureMap) else FEATURE_MAPS[feature_map]
+    features = get.num_features(dim)
+    state = {
+        "kv": rng.normal(size=(batch, heads, features, value_dim)),
+        "k_sum": rng.uniform(size=(batch, heads, features)),
+    }
+    if feature_map == "taylor":
+        state["k_sum"][..., 1:] = 0  # a sum that some keys could have: all weights stay positive
+    inputs = {
+        "q": rng.normal(size=(batch, length, heads, dim)),
+        "k": rng.normal(size=(batch, length, heads, dim)),
+        "v": rng.normal(size=(batch, length, heads, value_dim)),
+    }
+    cotangents = {"out": rng.normal(size=inputs["v"].shape)}
+    cotangents |= {name: rng.normal(size=x.shape) for name, x in state.items()}
+    if has_state:
+        inputs |= state
+    seed = rng.integers(1 << 32)
+
+    def make_function(implementation):
+        return function_of(implementation, length, has_segments, seed, feature_map)
+
+    assert_close(make_function, inputs, cotangents, dtype, "tpu_interpret")
+
+
+@pytest.mark.parametrize("dim", [1, 6, 16, 17, 24])
+def test_the_taylor_map_of_the_kernels_is_the_public_one_in_another_order(rng, dim):
+    features, public = kernel_features(FEATURE_MAPS["taylor"], dim), FEATURE_MAPS["taylor"].expand
+    x = jnp.asarray(rng.normal(size=(dim, 128)), jnp.float32)
+    want, pull = jax.vjp(public, x)
+    gradient = jnp.asarray(rng.normal(size=want.shape), jnp.float32)
+
+    def kernel(x, gradient, phi, d_x):
+        phi[...] = features.expand(x[...])
+        d_x[...] = features.pull(x[...], gradient[...])
+
+    padded = jnp.pad(x, ((0, features.dim - dim), (0, 0)))
+    shapes = [
+        jax.ShapeDtypeStruct((rows, 128), jnp.float32)
+        for rows in (features.num_features, features.dim)
+    ]
+    phi, d_x = pl.pallas_call(kernel, out_shape=shapes, interpret=True)(
+        padded, features.from_public(gradient.T).T
+    )
+    np.testing.assert_allclose(features.to_public(phi.T).T, want, rtol=1e-6)
+    np.testing.assert_array_equal(features.from_public(features.to_public(phi.T)).T, phi)
+    np.testing.assert_allclose(d_x[:dim], pull(gradient)[0], rtol=1e-4, atol=1e-5)
+    product = jnp.asarray(rng.normal(size=9), jnp.float32)
+    slope = jax.vmap(jax.grad(features.weigh))(product)
+    np.testing.assert_allclose(features.slope(product), slope, rtol=1e-5)
+
+
+def random_arrays(rng, batch, length=150, heads=2, dim=4):
+    return [jnp.asarray(rng.normal(size=(batch, length, heads, dim)), jnp.float32) for _ in "qkv"]
+
+
+def test_several_steps_of_the_grid_without_races(rng, monkeypatch):
+    """The interpreter that knows of transfers: it raises at a race, and takes parallel axes in random order."""
+    monkeypatch.setattr(tpu_blocks, "MAX_HEADS", 1)
+    monkeypatch.setattr(tpu_blocks, "MAX_TOKENS", 128)
+    arrays = random_arrays(rng, 1, length=250)
+    params = pltpu.InterpretParams(detect_races=True, random_seed=1)
+    segment_ids = jnp.asarray(random_segments(rng, 1, 250))
+    runs = jnp.where(segment_ids > 0, 1 + segment_ids - segment_ids[segment_ids > 0].min(), 0)
+    options = {"feature_map": FEATURE_MAPS["taylor"], "chunk_size": 128, "normalize": True}
+
+    def loss(q, k, v, *, interpret):
+        out, state = tpu.linear_attention(
+            q, k, v, runs, None, **options, eps=1e-6, interpret=interpret
+        )
+        return jnp.sum(jnp.sin(out)) + sum(jnp.sum(jnp.sin(x)) for x in state)
+
+    gradients = [
+        jax.jit(jax.grad(functools.partial(loss, interpret=interpret), argnums=(0, 1, 2)))(*arrays)
+        for interpret in (params, True)
+    ]
+    for got, want in zip(*gradients, strict=True):
+        assert relative_error(got, want) < 1e-6
+
+
+def test_block_sizes_do_not_matter(rng, monkeypatch):
+    arrays = random_arrays(rng, 2, length=390, heads=4)
+
+    def gradients(**options):
+        def loss(*x):
+            return jnp.sum(jnp.sin(linear_attention(*x, implementation="tpu_interpret", **options)))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays)
+
+    want = gradients()
+    monkeypatch.setattr(tpu_blocks, "MAX_TOKENS", 128)
+    monkeypatch.setattr(tpu_blocks, "MAX_HEADS", 3)
+    for got in (gradients(), gradients(chunk_size=200)):
+        for x, y in zip(got, want, strict=True):
+            assert relative_error(x, y) < 1e-5
+
+
+def test_under_vmap_and_remat(rng):
+    arrays = [jnp.stack(x) for x in zip(*(random_arrays(rng, 1) for _ in range(3)), strict=True)]
+    segment_ids = jnp.asarray(np.stack([random_segments(rng, 1, 150) for _ in range(3)]))
+
+    def gradient(implementation, wrap=lambda f: f):
+        def loss(q, k, v, segment_ids):
+            out = linear_attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
+            return jnp.sum(jnp.sin(out))
+
+        return jax.jit(jax.vmap(jax.grad(wrap(loss), argnums=(0, 1, 2))))(*arrays, segment_ids)
+
+    want = gradient("xla")
+    for wrap in (lambda f: f, jax.remat):
+        for x, y in zip(gradient("tpu_interpret", wrap), want, strict=True):
+            assert relative_error(x, y) < 1e-5
+
+
+def test_under_shard_map_with_keys_shared_by_all_devices(rng):
+    if jax.device_count() < 8:
+        pytest.skip(f"needs 8 devices, there are {jax.device_count()}: set XLA_FLAGS")
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    q, k, v = random_arrays(rng, 4, heads=2)
+    k = k[:1]
+    split = PartitionSpec("data", None, "tensor")
+    shared = PartitionSpec(None, None, "tensor")
+    segment_ids = jnp.asarray(random_segments(rng, 4, 150))
+
+    def op(implementation, q, k, v, segment_ids):
+        k = jnp.broadcast_to(k, (q.shape[0], *k.shape[1:]))
+        return linear_attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
+
+    sharded = jax.shard_map(
+        functools.partial(op, "tpu_interpret"),
+        mesh=mesh,
+        in_specs=(split, shared, split, PartitionSpec("data")),
+        out_specs=split,
+    )
+
+    def gradients(function):
+        def loss(*x):
+            return jnp.sum(jnp.sin(function(*x, segment_ids)))
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(q, k, v)
+
+    want = gradients(functools.partial(op, "xla"))
+    for x, y in zip(gradients(sharded), want, strict=True):
+        assert relative_error(x, y) < 1e-5
+
+
+# Feature map, D, Dv.
+TYPICAL = [("taylor", 16, 64), ("taylor", 16, 128), ("identity", 128, 128), ("elu+1", 64, 64)]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize(
+    ("feature_map", "dim", "value_dim", "dtype", "has_segments"),
+    [(*shape, "bfloat16", False) for shape in TYPICAL]
+    + [("taylor", 16, 64, "bfloat16", True), ("taylor", 16, 64, "float32", True)]
+    + [("softplus", 64, 64, "float32", False), (SIGNED, 40, 56, "bfloat16", True)],
+)
+def test_compiles_for_tpu(chip, feature_map, dim, value_dim, dtype, has_segments):
+    batch, length, heads = 2, 2000, 8
+
+    def function(q, k, v, segment_ids=None):
+        segment_ids = jnp.ones((batch, length), int) if has_segments else None
+        return linear_attention(q, k, v, **options_of(feature_map), segment_ids=segment_ids)
+
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    inputs = {name: shape((batch, length, heads, dim)) for name in "qk"}
+    inputs["v"] = shape((batch, length, heads, value_dim))
+    compiled = compile_with_gradients(chip, function, inputs)
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    # The features of all tokens alone would be larger.
+    taylor_features = batch * length * heads * 153 * 2
+    if feature_map == "taylor" and dtype == "bfloat16":
+        assert compiled.memory_analysis().temp_size_in_bytes < taylor_features
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+def test_compiles_inside_a_sharded_step_with_states(chip):
+    """Each of four chips has [2, 4096, 16, 16], with values of 64."""
+    mesh = topology.mesh(f"{chip}:2x2", (2, 2), ("data", "tensor"))
+    split = PartitionSpec("data", None, "tensor")
+    by_head = PartitionSpec("data", "tensor")
+
+    def op(q, k, v, kv, k_sum):
+        state = LinearAttentionState(kv, k_sum)
+        out, state = linear_attention(q, k, v, initial_state=state, return_state=True)
+        return out, *state
+
+    def step(*inputs):
+        specs = (*(split,) * 3, by_head, by_head)
+        out_specs = (split, by_head, by_head)
+        sharded = jax.shard_map(op, mesh=mesh, in_specs=specs, out_specs=out_specs)
+        outputs, pull = jax.vjp(sharded, *inputs)
+        return outputs, pull(outputs)
+
+    def shape(axes, spec, dtype):
+        return jax.ShapeDtypeStruct(axes, dtype, sharding=NamedSharding(mesh, spec))
+
+    tokens = functools.partial(shape, spec=split, dtype="bfloat16")
+    state = functools.partial(shape, spec=by_head, dtype="float32")
+    q, v = tokens((4, 4096, 32, 16)), tokens((4, 4096, 32, 64))
+    with jax.set_mesh(mesh):
+        lowered = jax.jit(step).lower(q, q, v, state((4, 32, 153, 64)), state((4, 32, 153)))
+        compiled = lowered.compile()
+    assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+
+
+def test_a_chunk_is_shorter_where_the_longer_one_does_not_fit():
+    def chunk(dim, device_kind="TPU v6 lite", **options):
+        features = kernel_features(FEATURE_MAPS["taylor"], dim).num_features
+        found = tpu_blocks.blocks(
+            time=1024,
+            heads=4,
+            dim=dim,
+            value_dim=64,
+            num_features=features,
+            dtype="float32",
+            device_kind=device_kind,
+            **options,
+        )
+        return found and found.chunk
+
+    assert (chunk(16), chunk(64), chunk(16, "TPU v5 lite")) == (256, 128, 128)
+    assert (chunk(16, chunk_size=300), chunk(64, chunk_size=256)) == (384, None)
+
+
+@needs_libtpu
+def test_what_the_kernels_cannot_do_goes_elsewhere():
+    captured = jnp.ones((4, 1))
+    with_array = FeatureMap(
+        lambda x: x * captured, FEATURE_MAPS["identity"].similarity, lambda dim: dim
+    )
+    with_expm1 = FeatureMap(
+        lambda x: jnp.expm1(x) + 2, FEATURE_MAPS["identity"].similarity, lambda dim: dim
+    )
+    ones = jnp.ones((1, 8, 2, 4))
+    for feature_map, reason in ((with_array, "captures constants"), (with_expm1, "expm1")):
+        with pytest.raises(ValueError, match=f"feature_map.expand cannot .*{reason}"):
+            linear_attention(
+                ones, ones, ones, feature_map=feature_map, implementation="tpu_interpret"
+            )
+        compiled = topology.compile_for(
+            "v5e", functools.partial(linear_attention, feature_map=feature_map), ones, ones, ones
+        )
+        assert "tpu_custom_call" not in compiled.as_text()
+    halves = ones.astype(jnp.float16)
+    with pytest.raises(ValueError, match="q has dtype float16; the kernels take float32 and bf"):
+        linear_attention(halves, halves, halves, implementation="tpu_interpret")
+    wide = jnp.ones((1, 8, 1, 512))
+    with pytest.raises(ValueError, match=r"131841 features x 512 values does not fit into VMEM"):
+        linear_attention(wide, wide, wide, implementation="tpu_interpret")
+    long = jnp.ones((1, 4096, 1, 64))
+    with pytest.raises(ValueError, match="does not fit into VMEM beside a chunk of 2048 tokens"):
+        linear_attention(long, long, long, chunk_size=2048, implementation="tpu_interpret")
+    with pytest.raises(ValueError, match=r"'tpu' runs on \['tpu'\] only"):
+        linear_attention(ones, ones, ones, implementation="tpu")
