@@ -8,6 +8,8 @@ implementations.
 from pallas_kernels import attention as _attention
 from pallas_kernels import grouped_matmul as _grouped_matmul
 from pallas_kernels import linear_attention as _linear_attention
+from pallas_kernels import selective_scan as _selective_scan
+from pallas_kernels import ssd_scan as _ssd_scan
 from pallas_kernels.attention import attention
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.linear_attention import (
@@ -15,11 +17,15 @@ from pallas_kernels.linear_attention import (
     linear_attention,
     linear_attention_decode,
 )
+from pallas_kernels.selective_scan import selective_scan, selective_scan_decode
+from pallas_kernels.ssd_scan import ssd_decode, ssd_scan
 
 OPS = {
     "attention": _attention.IMPLEMENTATIONS,
     "linear_attention": _linear_attention.IMPLEMENTATIONS,
     "grouped_matmul": _grouped_matmul.IMPLEMENTATIONS,
+    "selective_scan": _selective_scan.IMPLEMENTATIONS,
+    "ssd_scan": _ssd_scan.IMPLEMENTATIONS,
 }
 
 __all__ = [
@@ -29,4 +35,8 @@ __all__ = [
     "grouped_matmul",
     "linear_attention",
     "linear_attention_decode",
+    "selective_scan",
+    "selective_scan_decode",
+    "ssd_decode",
+    "ssd_scan",
 ]

@@ -62,7 +62,13 @@ def test_the_target_is_the_mesh_in_use_and_not_the_host():
 
 
 def test_every_op_is_listed_with_a_reference():
-    assert set(pallas_kernels.OPS) == {"attention", "linear_attention", "grouped_matmul"}
+    assert set(pallas_kernels.OPS) == {
+        "attention",
+        "linear_attention",
+        "grouped_matmul",
+        "selective_scan",
+        "ssd_scan",
+    }
     for name, implementations in pallas_kernels.OPS.items():
         assert callable(getattr(pallas_kernels, name))
         assert "reference" in implementations and len(implementations) > 1

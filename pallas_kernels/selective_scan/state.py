@@ -1,0 +1,22 @@
+"""One token of the selective scan."""
+
+import jax
+import jax.numpy as jnp
+
+
+def step(state, u, delta, A, B, C, D, z):
+    """h = exp(Δ A) h + Δ B u and y = (C h + D u) silu(z), of a state [B, E, N], channels [B, E] and B, C [B, N].
+
+    Returns `(y [B, E], state)` in the dtype of the state.
+    """
+    u, delta, B, C = (x.astype(state.dtype) for x in (u, delta, B, C))
+    state = jnp.exp(delta[..., None] * A) * state + (delta * u)[..., None] * B[:, None]
+    y = jnp.sum(state * C[:, None], axis=-1)
+    return skip_and_gate(y, u, D, z), state
+
+
+def skip_and_gate(y, u, D, z):
+    """(y + D u) silu(z) in the dtype of y; without D or z that part is left out."""
+    if D is not None:
+        y = y + D.astype(y.dtype) * u.astype(y.dtype)
+    return y if z is None else y * jax.nn.silu(z.astype(y.dtype))

@@ -1,0 +1,154 @@
+"""The selective scan on TPU (Pallas, Mosaic): the state stays in VMEM from the first token of a row to the last.
+
+Gu and Dao, arXiv 2312.00752, section 3.3.2: states never reach HBM, but for the one before each chunk of tokens, from
+which the backward (`tpu_backward`) computes the others again. The vector unit is the bottleneck, so skip and gate are
+applied to whole chunks in the kernel, where their memory traffic is free.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.selective_scan import tpu_backward
+from pallas_kernels.selective_scan.tpu_tile import (
+    LANES,
+    LOG2_E,
+    SUBLANES,
+    VMEM_LIMIT,
+    Blocks,
+    Columns,
+    Spec,
+    StateSums,
+    decay,
+    for_each_register,
+    row,
+)
+from pallas_kernels.selective_scan.tpu_types import interpreter, shaped_like
+
+# Channels a block: the first that divides them.
+CHANNELS = (512, 256, 128)
+# A chunk of states, [128, N, channels], has to fit into VMEM.
+MOST_STATES = 64
+
+
+def refuses(u, delta, A, B, C, D, z, resets, state) -> str | None:
+    """What the kernels cannot do with these arguments, or None."""
+    for name, x in (("u", u), ("delta", delta)):
+        if x.dtype not in (jnp.bfloat16, jnp.float32):
+            return f"{name} has dtype {x.dtype}; the kernels take bfloat16 and float32"
+    if A.shape[1] > MOST_STATES:
+        return f"{A.shape[1]} states a channel; the kernels take up to {MOST_STATES}"
+    return None
+
+
+def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
+    """Returns `(y [B, T, E], state [B, E, N])`; see the package for the arguments.
+
+    `interpret`: as `pallas_call` has it. Zeros fill up tokens, channels and states to whole tiles: with Δ = 0 a state
+    stays as it is.
+    """
+    (_, time, channels), states = u.shape, A.shape[1]
+    more_time, more_channels = -time % LANES, -channels % LANES
+    more_states = -states % SUBLANES
+
+    def pad(x, *axes):
+        return None if x is None else jnp.pad(x, [(0, more) for more in axes])
+
+    u, delta, z = (pad(x, 0, more_time, more_channels) for x in (u, delta, z))
+    A = pad(A.T, more_states, more_channels)
+    B, C = (pad(x.swapaxes(1, 2).astype(jnp.float32), 0, more_states, more_time) for x in (B, C))
+    D = pad(None if D is None else D[None], 0, more_channels)
+    resets = pad(None if resets is None else resets[:, None].astype(jnp.int32), 0, 0, more_time)
+    state = pad(state.swapaxes(1, 2), 0, more_states, more_channels)
+    block = next(size for size in CHANNELS if u.shape[2] % size == 0)
+    y, state = _scan(Spec(block, interpreter(interpret, u)), u, delta, A, B, C, D, z, resets, state)
+    return y[:, :time, :channels], state[:, :states, :channels].swapaxes(1, 2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(spec, u, delta, A, B, C, D, z, resets, state):
+    """In the kernels' layout: A [N, E], B and C [B, N, T], D [1, E], resets [B, 1, T], the state [B, N, E]."""
+    y, last, _ = _call_forward(spec, u, delta, A, B, C, D, z, resets, state, keeps_pasts=False)
+    return y, last
+
+
+def _forward(spec, *arguments):
+    y, last, pasts = _call_forward(spec, *arguments, keeps_pasts=True)
+    return (y, last), (*arguments[:-1], pasts)
+
+
+def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
+    (batch, time, channels), states = u.shape, A.shape[0]
+    chunks = time // spec.chunk
+    blocks = Blocks(spec, states, lambda c: c)
+    in_specs = (
+        blocks.tokens,
+        blocks.tokens,
+        blocks.per_channel,
+        blocks.columns,
+        blocks.columns,
+        None if D is None else blocks.channel_row,
+        None if z is None else blocks.tokens,
+        None if resets is None else blocks.resets,
+        blocks.state,
+    )
+    pasts = shaped_like(u, (batch, chunks, states, channels))
+    rows = pltpu.VMEM((spec.chunk, spec.channels), jnp.float32)
+    sums = StateSums.scratch(spec)
+    return pl.pallas_call(
+        _kernel,
+        grid=(batch, channels // spec.channels, chunks),
+        in_specs=in_specs,
+        out_specs=(blocks.tokens, blocks.state, blocks.pasts if keeps_pasts else None),
+        out_shape=(
+            shaped_like(u, u.shape, u.dtype),
+            shaped_like(u, state.shape),
+            pasts if keeps_pasts else None,
+        ),
+        scratch_shapes=(rows, rows, sums),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+        ),
+        interpret=spec.interpret,
+        name="selective_scan_forward",
+    )(u, delta, A, B, C, D, z, resets, state)
+
+
+_scan.defvjp(_forward, tpu_backward.backward)
+
+
+def _kernel(u, delta, A, B, C, D, z, resets, initial, y, state, past, steps, inputs, sums):
+    """One chunk of one block of channels. The block of the last state holds the present one from chunk to chunk."""
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        state[...] = initial[...]
+
+    if past is not None:
+        past[...] = state[...]
+    steps[...] = delta[...].astype(jnp.float32)
+    inputs[...] = steps[...] * u[...].astype(jnp.float32)
+
+    base2_A = A[...] * LOG2_E
+    reads = StateSums(sums)
+
+    def tokens(i, h):
+        start = SUBLANES * i
+        to_state, from_state = Columns(B, start), Columns(C, start)
+        for j in range(SUBLANES):
+            t = start + j
+            h = decay(row(steps, t), base2_A, resets, t) * h + row(inputs, t) * to_state[j]
+            reads.put(t, h * from_state[j])
+        return h
+
+    state[...] = for_each_register(tokens, state[...])
+    total = reads.total()
+    if D is not None:
+        total += D[...] * u[...].astype(jnp.float32)
+    if z is not None:
+        total *= jax.nn.silu(z[...].astype(jnp.float32))
+    y[...] = total.astype(y.dtype)

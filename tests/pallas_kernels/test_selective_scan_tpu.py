@@ -1,0 +1,210 @@
+"""The TPU kernels of selective_scan: interpreted against the reference in float64, and compiled for absent chips."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, PartitionSpec
+from proof import assert_close, compile_with_gradients, needs_libtpu, relative_error
+from scan_cases import random_segments
+from test_selective_scan import in_float32, random_inputs
+
+from pallas_kernels import selective_scan, topology
+from pallas_kernels.selective_scan import tpu
+
+# Length, channels, states, whether there are segments, which optional arrays there are.
+CASES = {
+    "less than a chunk": (7, 5, 3, False, ("D", "z")),
+    "whole chunks": (256, 128, 16, False, ()),
+    "blocks of channels": (150, 300, 4, False, ("z", "initial_state")),
+    "a skip, segments": (150, 128, 5, True, ("D",)),
+    "everything": (300, 140, 9, True, ("D", "z", "initial_state")),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"), [(case, "float32") for case in CASES] + [("everything", "bfloat16")]
+)
+def test_kernels_with_every_gradient_equal_float64(rng, case, dtype):
+    length, channels, states, has_segments, optional = CASES[case]
+    inputs = random_inputs(rng, 2, length, channels, states)
+    cotangents = {"y": rng.normal(size=inputs["u"].shape)}
+    cotangents["state"] = rng.normal(size=inputs["initial_state"].shape)
+    for name in {"D", "z", "initial_state"} - set(optional):
+        del inputs[name]
+    segment_ids = random_segments(rng, 2, length) if has_segments else None
+
+    def make_function(implementation):
+        def function(**inputs):
+            y, state = selective_scan(
+                **inputs,
+                segment_ids=segment_ids,
+                return_state=True,
+                implementation=implementation,
+            )
+            return {"y": y, "state": state}
+
+        return function
+
+    assert_close(make_function, inputs, cotangents, dtype, "tpu_interpret")
+
+
+def test_several_chunks_without_races(rng):
+    """The interpreter that knows of transfers: it raises at a race."""
+    inputs = in_float32(random_inputs(rng, 1, 200, 5, 4))
+    state, inputs["z"] = inputs.pop("initial_state"), None  # less to interpret
+    resets = jnp.zeros((1, 200), bool).at[:, 90].set(True)
+
+    def loss(inputs, state, interpret):
+        y, last = tpu.selective_scan(**inputs, resets=resets, state=state, interpret=interpret)
+        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(last))
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
+    got = gradient(inputs, state, pltpu.InterpretParams(detect_races=True, random_seed=1))
+    want = gradient(inputs, state, True)
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(x, y) < 1e-6
+
+
+def test_under_vmap_and_remat(rng):
+    layers = [in_float32(random_inputs(rng, 1, 140, 5, 3)) for _ in range(2)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
+    segment_ids = jnp.asarray(np.stack([random_segments(rng, 1, 140) for _ in range(2)]))
+
+    def gradient(implementation, wrap=lambda f: f):
+        def loss(inputs, segment_ids):
+            options = {"segment_ids": segment_ids, "implementation": implementation}
+            return jnp.sum(jnp.sin(selective_scan(**inputs, **options)))
+
+        return jax.jit(jax.vmap(jax.grad(wrap(loss))))(stacked, segment_ids)
+
+    want = gradient("xla")
+    for wrap in (lambda f: f, jax.remat):
+        got = gradient("tpu_interpret", wrap)
+        for name in want:
+            assert relative_error(got[name], want[name]) < 1e-5, (wrap, name)
+
+
+def test_under_shard_map_with_rates_shared_by_all_rows(rng):
+    if jax.device_count() < 4:
+        pytest.skip(f"needs 4 devices, there are {jax.device_count()}: set XLA_FLAGS")
+    mesh = jax.make_mesh(
+        (2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:4]
+    )
+    inputs = in_float32(random_inputs(rng, 2, 16, 6, 3))
+    del inputs["initial_state"], inputs["z"]  # less to interpret
+    tokens, of_channel = PartitionSpec("data", None, "tensor"), PartitionSpec("tensor")
+    specs = dict.fromkeys(inputs, tokens) | {"A": of_channel, "D": of_channel}
+    specs |= dict.fromkeys("BC", PartitionSpec("data"))
+    segment_ids = jnp.asarray(random_segments(rng, 2, 16))
+
+    def op(implementation, inputs, segment_ids):
+        return selective_scan(**inputs, segment_ids=segment_ids, implementation=implementation)
+
+    sharded = jax.shard_map(
+        functools.partial(op, "tpu_interpret"),
+        mesh=mesh,
+        in_specs=(specs, PartitionSpec("data")),
+        out_specs=tokens,
+    )
+
+    def gradients(function):
+        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(function(x, segment_ids)))))(inputs)
+
+    got, want = gradients(sharded), gradients(functools.partial(op, "xla"))
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-5, name
+
+
+def shapes(batch, length, channels, states, dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    wide = functools.partial(jax.ShapeDtypeStruct, dtype="float32")
+    return {
+        "u": shape((batch, length, channels)),
+        "delta": shape((batch, length, channels)),
+        "A": wide((channels, states)),
+        "B": shape((batch, length, states)),
+        "C": shape((batch, length, states)),
+        "D": wide((channels,)),
+        "z": shape((batch, length, channels)),
+    }
+
+
+def kernels_in(compiled) -> int:
+    return compiled.as_text().count('custom_call_target="tpu_custom_call"')
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "has_segments"),
+    [
+        ((2, 2048, 1536, 16), "bfloat16", True),  # Mamba 130M
+        ((2, 2048, 1536, 16), "float32", False),
+        ((1, 300, 640, 64), "float32", True),  # the widest state that the kernels take
+        ((2, 50, 5, 3), "bfloat16", False),
+    ],
+)
+def test_compiles_for_tpu(chip, shape, dtype, has_segments):
+    segment_ids = jnp.ones(shape[:2], int) if has_segments else None
+
+    def function(**inputs):
+        return selective_scan(**inputs, segment_ids=segment_ids)
+
+    inputs = shapes(*shape, dtype)
+    compiled = compile_with_gradients(chip, function, inputs)
+    assert kernels_in(compiled) == 2
+    # One state a token would be 16 arrays like u in float32.
+    if shape[1] > 1000:
+        assert compiled.memory_analysis().temp_size_in_bytes < 4 * np.prod(shape[:3]) * 4
+
+
+@needs_libtpu
+def test_without_gradients_no_state_leaves_the_kernel_but_the_last():
+    inputs = shapes(1, 2048, 256, 16, "bfloat16")
+    chunks = r"f32\[1,16,16,256\]"  # the state before each of 16 chunks
+    forward = topology.compile_for("v5e", lambda x: selective_scan(**x), inputs)
+    assert not re.search(chunks, forward.as_text())
+    with_gradients = compile_with_gradients("v5e", selective_scan, inputs)
+    assert re.search(chunks, with_gradients.as_text())
+
+
+@needs_libtpu
+def test_compiles_under_vmap_and_scan_of_layers():
+    layers = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((3, 2, *x.shape), x.dtype),
+        shapes(1, 256, 128, 16, "bfloat16"),
+    )
+
+    def loss(inputs):
+        return jnp.sum(selective_scan(**inputs).astype(jnp.float32))
+
+    def total(layers):
+        return jax.lax.scan(
+            lambda sum_, x: (sum_ + jnp.sum(jax.vmap(jax.remat(loss))(x)), None), 0.0, layers
+        )[0]
+
+    assert kernels_in(topology.compile_for("v5e", jax.grad(total), layers)) == 2
+
+
+@needs_libtpu
+def test_what_the_kernels_cannot_do_goes_elsewhere():
+    inputs = {name: jnp.ones(x.shape) for name, x in shapes(1, 20, 4, 4, "float32").items()}
+
+    def for_tpu(**inputs):
+        return topology.compile_for("v5e", lambda x: selective_scan(**x), inputs)
+
+    assert kernels_in(for_tpu(**inputs)) == 1
+    halves = inputs | {name: inputs[name].astype(jnp.float16) for name in "uBCz"}
+    assert kernels_in(for_tpu(**halves)) == 0
+    with pytest.raises(ValueError, match="u has dtype float16; the kernels take bfloat16 and fl"):
+        selective_scan(**halves, implementation="tpu_interpret")
+    wide = {name: jnp.ones(x.shape) for name, x in shapes(1, 20, 4, 65, "float32").items()}
+    with pytest.raises(ValueError, match="65 states a channel; the kernels take up to 64"):
+        selective_scan(**wide, implementation="tpu_interpret")
+    with pytest.raises(ValueError, match=r"'tpu' runs on \['tpu'\] only"):
+        selective_scan(**inputs, implementation="tpu")
