@@ -31,6 +31,8 @@ SMALL = {
     "attention": {"num_heads": 2, "num_kv_heads": 1},
     "sliding_window": {"num_heads": 2, "window": 4},
     "taylor_linear": {"num_heads": 2, "feature_dim": 4},
+    "mamba": {"state_dim": 4},
+    "mamba2": {"head_dim": 8, "state_dim": 4},
     "dense": {"hidden_dim": 8},
     "gated": {"hidden_dim": 8},
     "switch": {"num_experts": 4, "hidden_dim": 8},
@@ -137,7 +139,8 @@ def test_every_pair_trains_and_is_saved_whole(chosen, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("some text to iterate over\n" * 40)
     source = {"name": "text", "paths": (str(text),), "separator": "\n"}
-    data = iter(build({"source": source, "seq_len": LENGTH, "batch_size": ROWS}, split="train"))
+    rows = {"seq_len": LENGTH, "batch_size": ROWS, "shuffle_window": 8}
+    data = iter(build({"source": source, **rows}, split="train"))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(after, data, {})
         checkpoints.wait()

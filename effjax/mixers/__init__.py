@@ -1,15 +1,22 @@
 """Sequence mixers: `(x[B, T, D], *, positions, segment_ids, state=None) -> (y[B, T, D], state)`."""
 
 from effjax.mixers.attention import Attention, KVState
-from effjax.mixers.short_conv import ConvState, ShortConv
+from effjax.mixers.causal_conv import ConvState
+from effjax.mixers.mamba import Mamba, MambaState
+from effjax.mixers.mamba2 import Mamba2
+from effjax.mixers.recurrent_state import RecurrentState
+from effjax.mixers.short_conv import ShortConv
 from effjax.mixers.sliding_window import SlidingWindow
-from effjax.mixers.taylor_linear import LinearState, TaylorLinear
+from effjax.mixers.taylor_linear import TaylorLinear
 
 __all__ = [
     "Attention",
     "ConvState",
     "KVState",
-    "LinearState",
+    "Mamba",
+    "Mamba2",
+    "MambaState",
+    "RecurrentState",
     "ShortConv",
     "SlidingWindow",
     "TaylorLinear",

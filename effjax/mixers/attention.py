@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from effjax.mixers.kv_state import KVState
-from effjax.nn import Linear, RMSNorm, rotary
+from effjax.nn import Linear, RMSNorm, on_shards, rotary
 from effjax.registry import register
 
 __all__ = ["Attention", "KVState"]
@@ -123,26 +123,28 @@ class Attention(nn.Module):
         return heads if self.rope_base is None else rotary(heads, positions, self.rope_base)
 
     def _attend_parallel(self, q, kv):
-        return pallas_kernels.attention(
-            q,
-            kv.k,
-            kv.v,
-            causal=self.causal,
-            window=self.window,
-            segment_ids=kv.segment_ids,
-            logits_soft_cap=self.logits_soft_cap,
-            implementation=self.implementation,
-        )
+        return self._attention(q, kv.k, kv.v, kv.segment_ids, None)
 
     def _attend(self, q, positions, segment_ids, kv):
-        return pallas_kernels.attention(
-            q,
-            kv.k.astype(q.dtype),
-            kv.v.astype(q.dtype),
-            causal=self.causal,
-            window=self.window,
-            segment_ids=(segment_ids, kv.segment_ids),
-            positions=(positions, kv.positions),
-            logits_soft_cap=self.logits_soft_cap,
-            implementation=self.implementation,
+        segment_ids, positions = (segment_ids, kv.segment_ids), (positions, kv.positions)
+        return self._attention(
+            q, kv.k.astype(q.dtype), kv.v.astype(q.dtype), segment_ids, positions
         )
+
+    def _attention(self, q, k, v, segment_ids, positions):
+        def attend(q, k, v, segment_ids, positions):
+            return pallas_kernels.attention(
+                q,
+                k,
+                v,
+                causal=self.causal,
+                window=self.window,
+                segment_ids=segment_ids,
+                positions=positions,
+                logits_soft_cap=self.logits_soft_cap,
+                implementation=self.implementation,
+            )
+
+        heads, tokens = "batch _ heads _", "batch _"
+        attend = on_shards(attend, (heads, heads, heads, tokens, tokens), heads)
+        return attend(q, k, v, segment_ids, positions)

@@ -1,12 +1,11 @@
 """Linear attention with the Taylor feature map: BASED's mixer for what is far away."""
 
 import flax.linen as nn
-import flax.struct
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from effjax.nn import Linear, rotary
+from effjax.mixers.recurrent_state import RecurrentState, keep
+from effjax.nn import Linear, on_shards, rotary
 from effjax.registry import register
 from pallas_kernels.linear_attention import (
     LinearAttentionState,
@@ -14,19 +13,6 @@ from pallas_kernels.linear_attention import (
     linear_attention_decode,
 )
 from pallas_kernels.linear_attention.feature_maps import get as get_feature_map
-
-
-@flax.struct.dataclass
-class LinearState:
-    """What linear attention remembers: the same size after one token and after a million.
-
-    Attributes:
-      sums: kv [B, H, F, Dv] and k_sum [B, H, F], sums over the tokens of the present segment; at least float32.
-      segment_ids: [B] the present segment; 0 before the first token.
-    """
-
-    sums: LinearAttentionState
-    segment_ids: Int[Array, " B"]
 
 
 @register("mixer", "taylor_linear")
@@ -73,7 +59,7 @@ class TaylorLinear(nn.Module):
 
     def init_state(
         self, batch_size: int, max_length: int, d_model: int, dtype="float32"
-    ) -> LinearState:
+    ) -> RecurrentState:
         """A state that has seen nothing; its size does not depend on `max_length`.
 
         The sums are float32 even where `dtype` is narrower: they grow with the sequence, and small terms would be lost.
@@ -86,7 +72,7 @@ class TaylorLinear(nn.Module):
             self.feature_map,
             jnp.promote_types(dtype, jnp.float32),
         )
-        return LinearState(sums, jnp.zeros((batch_size,), jnp.int32))
+        return RecurrentState.of(sums)
 
     def flops_per_token(self, d_model: int, context: int) -> float:
         """FLOPs of the recurrent form, which are the same at any `context`."""
@@ -102,32 +88,23 @@ class TaylorLinear(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
-        state: LinearState | None = None,
-    ) -> tuple[Float[Array, "B T D"], LinearState]:
+        state: RecurrentState | None = None,
+    ) -> tuple[Float[Array, "B T D"], RecurrentState]:
         d_model = x.shape[-1]
         q = self._features("query", x, positions)
         k = self._features("key", x, positions)
         heads = (*x.shape[:2], self.num_heads, self.value_dim(d_model))
         v = Linear(heads[2] * heads[3], name="value")(x).reshape(heads)
-        if state is not None:
-            state = _forget_other_segments(state, segment_ids)
-        if state is not None and x.shape[1] == 1:
-            y, sums = self._step(q, k, v, segment_ids, state)
+        if state is None:
+            state = self.init_state(x.shape[0], x.shape[1], d_model, x.dtype)
+            before = None
         else:
-            y, sums = linear_attention(
-                q,
-                k,
-                v,
-                feature_map=self.feature_map,
-                chunk_size=self.chunk_size,
-                segment_ids=segment_ids,
-                eps=self.eps,
-                initial_state=None if state is None else state.sums,
-                return_state=True,
-                implementation=self.implementation,
-            )
-        before = jnp.zeros_like(segment_ids[:, 0]) if state is None else state.segment_ids
-        new_state = LinearState(sums, _last_segment(segment_ids, before))
+            before = state.before(segment_ids)
+        if before is not None and x.shape[1] == 1:
+            y, sums = self._step(q, k, v, segment_ids, before)
+        else:
+            y, sums = self._attend(q, k, v, segment_ids, before)
+        new_state = state.after(sums, segment_ids)
         y = y.reshape(*x.shape[:2], heads[2] * heads[3])
         return Linear(d_model, name="out")(y), new_state
 
@@ -136,31 +113,28 @@ class TaylorLinear(nn.Module):
         heads = heads.reshape(*x.shape[:2], self.num_heads, self.feature_dim)
         return heads if self.rope_base is None else rotary(heads, positions, self.rope_base)
 
-    def _step(self, q, k, v, segment_ids, state):
+    def _attend(self, q, k, v, segment_ids, before):
+        def attend(q, k, v, segment_ids, before):
+            return linear_attention(
+                q,
+                k,
+                v,
+                feature_map=self.feature_map,
+                chunk_size=self.chunk_size,
+                segment_ids=segment_ids,
+                eps=self.eps,
+                initial_state=before,
+                return_state=True,
+                implementation=self.implementation,
+            )
+
+        heads, sums = "batch _ heads _", LinearAttentionState("batch heads _ _", "batch heads _")
+        attend = on_shards(attend, (heads, heads, heads, "batch _", sums), (heads, sums))
+        return attend(q, k, v, segment_ids, before)
+
+    def _step(self, q, k, v, segment_ids, before):
         """One token; a row whose token is padding keeps its sums."""
         y, sums = linear_attention_decode(
-            state.sums, q, k, v, feature_map=self.feature_map, eps=self.eps
+            before, q, k, v, feature_map=self.feature_map, eps=self.eps
         )
-        return y, _where(segment_ids[:, 0] > 0, sums, state.sums)
-
-
-def _forget_other_segments(state: LinearState, segment_ids: Int[Array, "B T"]) -> LinearState:
-    """The state, emptied in the rows whose next token belongs to another segment."""
-    index = jnp.argmax(segment_ids > 0, axis=1)[:, None]
-    upcoming = jnp.take_along_axis(segment_ids, index, axis=1)[:, 0]
-    continues = (upcoming == state.segment_ids) | (upcoming == 0)
-    empty = jax.tree.map(jnp.zeros_like, state.sums)
-    return state.replace(sums=_where(continues, state.sums, empty))
-
-
-def _last_segment(segment_ids: Int[Array, "B T"], before: Int[Array, " B"]) -> Int[Array, " B"]:
-    """The segment of the last token of each row that is not padding; `before` where there is none."""
-    reached = jnp.where(segment_ids > 0, jnp.arange(segment_ids.shape[1]), -1).max(axis=1)
-    last = jnp.take_along_axis(segment_ids, jnp.maximum(reached, 0)[:, None], axis=1)[:, 0]
-    return jnp.where(reached >= 0, last, before)
-
-
-def _where(rows: Array, chosen, other):
-    """Leaves of `chosen` in the rows where the condition [B] holds, of `other` elsewhere."""
-    pick = lambda a, b: jnp.where(rows.reshape(-1, *[1] * (a.ndim - 1)), a, b)  # noqa: E731
-    return jax.tree.map(pick, chosen, other)
+        return y, keep(segment_ids[:, 0] > 0, sums, before)

@@ -6,7 +6,14 @@ A preset is a function that returns a model composed of parts; `create` lays ove
 from typing import Any
 
 from effjax import registry
-from effjax.models import based, matryoshka, mixture_of_experts, mor, presets  # noqa: F401 (presets)
+from effjax.models import (  # noqa: F401 (presets)
+    based,
+    mamba,
+    matryoshka,
+    mixture_of_experts,
+    mor,
+    presets,
+)
 from effjax.models.sequence_model import DecoderLM, Output, SequenceModel, TextEncoder
 from effjax.models.state_size import StateSize, state_size
 

@@ -28,7 +28,8 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"experts/down", ("expert", "mlp", "embed")),
     (r"(gate|up)/kernel", ("embed", "mlp")),
     (r"down/kernel", ("mlp", "embed")),
-    (r"router/kernel", ("embed", None)),
+    (r"(router|step|step_down|B|C)/kernel", ("embed", None)),
+    (r"step_up/kernel", (None, "mlp")),
     (r"conv", (None, "mlp")),
     (r"kernel", ("embed", None)),  # the last resort: a matrix that no line above knows
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.mixers import Attention, ShortConv, SlidingWindow, TaylorLinear
+from effjax.mixers import Attention, Mamba, Mamba2, ShortConv, SlidingWindow, TaylorLinear
 
 D_MODEL, ROWS, LENGTH, PIECE = 8, 3, 12, 5
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
@@ -24,6 +24,8 @@ RECURRENT = {
     "short_conv": ShortConv(),
     "short_conv_wide": ShortConv(width=7, expansion=1),
     "taylor_linear": TaylorLinear(num_heads=2, feature_dim=4, chunk_size=5, rope_base=100.0),
+    "mamba": Mamba(state_dim=3),
+    "mamba2": Mamba2(head_dim=4, state_dim=3, num_groups=2),
 }
 MIXERS = CACHES | RECURRENT
 

@@ -114,9 +114,9 @@ def test_state_is_constant_float32_and_as_small_as_the_docstring_says():
     short, long = (mixer.init_state(2, length, D_MODEL, "bfloat16") for length in (1, 10**6))
     shapes = jax.tree.map(jnp.shape, short)
     assert shapes == jax.tree.map(jnp.shape, long)
-    per_row = sum(leaf.size for leaf in short.sums) / 2
+    per_row = sum(leaf.size for leaf in short.memory) / 2
     assert per_row == HEADS * (1 + FEATURES + FEATURES * (FEATURES + 1) // 2) * (VALUES + 1)
-    assert {leaf.dtype for leaf in short.sums} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in short.memory} == {jnp.dtype("float32")}
 
 
 def test_flops_do_not_depend_on_the_context():

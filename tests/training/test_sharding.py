@@ -1,6 +1,7 @@
 """Every headliner trains the same on one device and on any mesh."""
 
 import functools
+import itertools
 import secrets
 
 import flax.linen as nn
@@ -33,13 +34,23 @@ HEADLINERS = {
     "based": {"num_layers": 3},
     "matryoshka": {},
 }
+STATE_SPACE = {
+    "mamba": {"num_layers": 1, "mixers": ({"name": "mamba", "state_dim": 4},)},
+    "mamba2": {"num_layers": 1, "mixers": ({"name": "mamba2", "head_dim": 8, "state_dim": 4},)},
+}
+FIELDS = HEADLINERS | STATE_SPACE
+
+
+@pytest.fixture(scope="module")
+def fresh_seed():
+    return secrets.randbelow(2**31)
 
 
 @pytest.fixture
-def seed():
-    seed = secrets.randbelow(2**31)
-    print(f"seed {seed}")
-    return seed
+def seed(fresh_seed):
+    """One for the file, so that the losses on one device are computed once a model."""
+    print(f"seed {fresh_seed}")
+    return fresh_seed
 
 
 def batches(name, seed):
@@ -68,11 +79,16 @@ def batches(name, seed):
             }
 
 
+@functools.cache
+def losses_on_one_device(name, seed):
+    return losses(name, {}, seed)
+
+
 def losses(name, mesh_sizes, seed):
     mesh = sharding.make_mesh(
         mesh_sizes, jax.devices()[: np.prod(list(mesh_sizes.values()) or [1])]
     )
-    model = models.create(name, **(SMALL | HEADLINERS[name]))
+    model = models.create(name, **(SMALL | FIELDS[name]))
     objective = registry.build("objective", objective_of(name))
     schedule = {"name": "constant", "peak": 1e-3}
     optimizer, _ = optim.build(optim.spec("adamw", schedule=schedule), STEPS)
@@ -100,25 +116,27 @@ def objective_of(name):
     return {"name": "next_token"}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("name", HEADLINERS)
+@pytest.mark.parametrize(
+    ("name", "mesh"),
+    [*itertools.product(HEADLINERS, MESHES), *itertools.product(STATE_SPACE, ["all"])],
+)
 def test_losses_agree_with_one_device(name, mesh, seed):
-    expected = losses(name, {}, seed)
+    expected = losses_on_one_device(name, seed)
     assert np.ptp(expected) > 1e-4  # it does train
     np.testing.assert_allclose(losses(name, MESHES[mesh], seed), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", HEADLINERS)
+@pytest.mark.parametrize("name", FIELDS)
 def test_every_matrix_has_logical_axes(name):
     """No parameter of a headliner falls through the table of logical axes to the last resort."""
-    model = models.create(name, **(SMALL | HEADLINERS[name]))
+    model = models.create(name, **(SMALL | FIELDS[name]))
     tokens = np.zeros((1, LENGTH), np.int32)
     shapes = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
     named = [pattern for pattern, _ in sharding.PARAMETER_AXES[:-1]]
     for path in pytree.paths(shapes):
         leaf = path.rsplit("/", 1)[-1]
-        vector = leaf in ("scale", "bias", "balance_bias")
-        assert vector or any(pytree.matches(pattern, path) for pattern in named), path
+        is_small = leaf.endswith(("scale", "bias")) or leaf in ("A_log", "D")
+        assert is_small or any(pytree.matches(pattern, path) for pattern in named), path
 
 
 def test_specs_follow_the_table_and_leave_scanned_axes_whole():

@@ -1,4 +1,4 @@
-"""Our mixers with the weights of the BASED authors' give what theirs recorded (`fixtures/record_based.py`)."""
+"""Our mixers with recorded weights give the recorded outputs (`fixtures/record_based.py`, `record_mamba.py`)."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.mixers import ShortConv, SlidingWindow, TaylorLinear
+from effjax.mixers import Mamba, Mamba2, ShortConv, SlidingWindow, TaylorLinear
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -19,10 +19,22 @@ def linear(recorded, name):
     return params if bias is None else params | {"bias": bias}
 
 
+def split(params, sizes):
+    """One layer of ours for each part of the outputs."""
+    ends = np.cumsum(list(sizes.values()))[:-1]
+    parts = {key: np.split(value, ends, axis=-1) for key, value in params.items()}
+    return {name: {key: part[i] for key, part in parts.items()} for i, name in enumerate(sizes)}
+
+
 def halves(params, names):
-    """One layer of ours for each equal part of the outputs."""
-    parts = {key: np.split(value, len(names), axis=-1) for key, value in params.items()}
-    return {name: {key: part[i] for key, part in parts.items()} for i, name in enumerate(names)}
+    return split(params, dict.fromkeys(names, params["kernel"].shape[1] // len(names)))
+
+
+def convolution(recorded):
+    return {
+        "conv": recorded["weights.conv1d.weight"][:, 0].T,
+        "conv_bias": recorded["weights.conv1d.bias"],
+    }
 
 
 def taylor_linear(recorded):
@@ -44,10 +56,32 @@ def sliding_window(recorded):
     return SlidingWindow(num_heads=1, window=7, rope_base=None), params | {"out": out}
 
 
+def mamba(recorded):
+    params = halves(linear(recorded, "in_proj"), ("value", "gate"))
+    params |= split(linear(recorded, "x_proj"), {"step_down": 2, "B": 8, "C": 8})
+    step = linear(recorded, "dt_proj")
+    params |= {"step_up": {"kernel": step["kernel"]}, "step_bias": step["bias"]}
+    params |= {name: recorded[f"weights.{name}"] for name in ("A_log", "D")}
+    params |= convolution(recorded) | {"out": linear(recorded, "out_proj")}
+    return Mamba(state_dim=8), params
+
+
+def mamba2(recorded):
+    sizes = {"gate": 64, "value": 64, "B": 8, "C": 8, "step": 4}
+    params = split(linear(recorded, "in_proj"), sizes)
+    params |= {name: recorded[f"weights.{name}"] for name in ("A_log", "D")}
+    params |= {"step_bias": recorded["weights.dt_bias"]}
+    params |= {"norm_scale": recorded["weights.norm.weight"]}
+    params |= convolution(recorded) | {"out": linear(recorded, "out_proj")}
+    return Mamba2(head_dim=16, state_dim=8), params
+
+
 CASES = {
     "based_linear_attention": taylor_linear,
     "based_base_conv": short_conv,
     "based_sliding_window": sliding_window,
+    "mamba": mamba,
+    "mamba2": mamba2,
 }
 
 
@@ -56,7 +90,7 @@ def case(request):
     with np.load(FIXTURES / f"{request.param}.npz") as file:
         recorded = dict(file)
     mixer, params = CASES[request.param](recorded)
-    ones = jnp.ones((2, 24), jnp.int32)
+    ones = jnp.ones(recorded["x"].shape[:2], jnp.int32)
     init = jax.eval_shape(
         mixer.init, jax.random.key(0), recorded["x"], positions=ones, segment_ids=ones
     )
@@ -66,8 +100,8 @@ def case(request):
 
 def test_parallel_form(case):
     mixer, variables, recorded = case
-    ones = jnp.ones((2, 24), jnp.int32)
-    positions = ones * jnp.arange(24)
+    ones = jnp.ones(recorded["x"].shape[:2], jnp.int32)
+    positions = ones * jnp.arange(ones.shape[1])
     apply = jax.jit(mixer.apply)
     y, _ = apply(variables, recorded["x"], positions=positions, segment_ids=ones)
     np.testing.assert_allclose(y, recorded["y"], atol=1e-5, rtol=1e-5)
@@ -78,11 +112,12 @@ def test_prefill_then_one_token_at_a_time(case):
     x = recorded["x"]
     # No recurrent form was recorded for the window; its parallel form is what it must give.
     expected = recorded.get("decoded", recorded["y"])
-    ones = jnp.ones((2, 24), jnp.int32)
-    positions = ones * jnp.arange(24)
+    length = x.shape[1]
+    ones = jnp.ones((2, length), jnp.int32)
+    positions = ones * jnp.arange(length)
     apply = jax.jit(mixer.apply)
-    state, outputs = mixer.init_state(2, 24, x.shape[-1]), []
-    for part in (slice(0, 16), *(slice(t, t + 1) for t in range(16, 24))):
+    state, outputs = mixer.init_state(2, length, x.shape[-1]), []
+    for part in (slice(0, 16), *(slice(t, t + 1) for t in range(16, length))):
         y, state = apply(
             variables,
             x[:, part],
