@@ -1,17 +1,22 @@
-"""Attention: signature, validation and dispatch. `reference.py` and `xla.py` hold the implementations."""
+"""Attention: signature, validation and dispatch; the implementations are files of their own."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import reference, xla
+from pallas_kernels.attention import reference, tpu, xla
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.dispatch import Implementation, call
 
 IMPLEMENTATIONS = {
+    "tpu": Implementation(tpu.attention, platforms=("tpu",), refuses=tpu.refuses),
     "xla": Implementation(xla.attention),
     "reference": Implementation(reference.attention),
+    "tpu_interpret": Implementation(
+        functools.partial(tpu.attention, interpret=True), automatic=False, refuses=tpu.refuses
+    ),
 }
 
 
@@ -49,7 +54,8 @@ def attention(
         scale: factor on the logits; 1/sqrt(D) by default.
         logits_soft_cap: c of logits <- c tanh(logits / c), applied after `scale`; None: none.
         return_lse: also return the log-sum-exp of the logits.
-        implementation: "xla" or "reference"; None takes the best for this platform.
+        implementation: "tpu" (Pallas, Mosaic), "xla", "reference", or "tpu_interpret", the TPU kernel run
+            anywhere by Pallas' interpreter; None takes the best for this platform and these arguments.
 
     Returns:
         out [B, Tq, H, Dv] in v's dtype; with `return_lse` the pair of it and lse [B, Tq, H], float32 (float64

@@ -1,12 +1,34 @@
-"""Grouped matrix product: signature, validation and dispatch."""
+"""Grouped matrix product: signature, validation and dispatch.
+
+What serves where, the preferred first:
+
+| implementation | platform | what it is |
+| --- | --- | --- |
+| "tpu" | TPU | `jax.lax.ragged_dot`, XLA's own grouped kernels |
+| "xla" | all | a loop over groups and their row tiles |
+
+On TPU `ragged_dot` was compared with megablox (`jax.experimental.pallas.ops.tpu.megablox`) before writing anything, by
+static schedule for v5e: M = 4096, K = 1024, N = 4096, 8 groups, bfloat16, libtpu 0.0.51; bundles of a grid step, and
+these times the 39 row tiles that are visited at most and the steps along N or K.
+
+| product | ragged_dot | megablox, tiles of 128 x 1024 x 1024 |
+| --- | --- | --- |
+| out | 2522 x 39 x 4 = 393k | 2131 x 39 x 4 = 332k |
+| d_lhs | 2010 x 39 x 4 = 314k | 1899 x 39 x 4 = 296k |
+| d_rhs | 1162 x 39 x 8 = 363k | 2015 x 39 x 4 = 314k |
+
+(d_rhs and megablox's d_lhs: the loop's longest region only.) Megablox needs 6 to 16 % fewer, but tiles chosen by hand
+for each shape and M a multiple of them, and some dozens of small programs before each product to lay out the visits.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.grouped_matmul import reference, xla
+from pallas_kernels.grouped_matmul import reference, tpu, xla
 
 IMPLEMENTATIONS = {
+    "tpu": Implementation(tpu.grouped_matmul, platforms=("tpu",)),
     "xla": Implementation(xla.grouped_matmul),
     "reference": Implementation(reference.grouped_matmul),
 }
@@ -25,7 +47,7 @@ def grouped_matmul(
         lhs: float [M, K].
         rhs: float [G, K, N].
         group_sizes: int [G], not negative, of sum at most M. The values are not checked.
-        implementation: "xla" or "reference"; None takes the best for this platform.
+        implementation: "tpu", "xla" or "reference"; None takes the best for this platform.
 
     Returns:
         [M, N] in lhs's dtype, accumulated in at least float32.

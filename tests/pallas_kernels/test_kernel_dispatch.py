@@ -64,10 +64,14 @@ def test_the_target_is_the_mesh_in_use_and_not_the_host():
 def test_every_op_is_listed_with_a_reference():
     assert set(pallas_kernels.OPS) == {
         "attention",
+        "decode_attention",
         "linear_attention",
         "grouped_matmul",
         "selective_scan",
         "ssd_scan",
+        "softmax",
+        "cross_entropy",
+        "linear_cross_entropy",
     }
     for name, implementations in pallas_kernels.OPS.items():
         assert callable(getattr(pallas_kernels, name))

@@ -1,0 +1,71 @@
+"""Lengths of the tiles of the TPU kernels, by device kind and shape."""
+
+from typing import NamedTuple
+
+# Vector registers are 8 x 128, and the statistics of the queries lie along the minor axis of 128.
+LANES = 128
+# The longest side of a tile: its products fill the matrix unit to 94 % (v5e, static schedule), longer ones spill more
+# registers and hold more masked logits on the diagonal.
+LONGEST = 512
+# Rows (the queries of all heads that share a key head) and keys of a tile, in units of `width`: all buffers of the
+# backward then fit in 16 MiB of VMEM.
+ROWS, KEYS = 2048, 1024
+# They still do with a tile of the fewest queries, 128, that are this wide together.
+WIDEST_GROUP = 32
+# With a short window most of a long tile is masked; below this length the grid step costs more than it saves.
+SHORTEST_IN_WINDOW = 256
+
+
+class Blocks(NamedTuple):
+    """Queries and keys of a tile, multiples of 128."""
+
+    queries: int
+    keys: int
+
+
+# Overrides of the default by device kind, for tuners and tests.
+TABLE: dict[str, Blocks] = {}
+
+
+def blocks(
+    device_kind: str,
+    *,
+    num_queries: int,
+    num_keys: int,
+    group: int,
+    head_dim: int,
+    itemsize: int,
+    window: int | None,
+) -> Blocks:
+    """Tile lengths for a shape.
+
+    Args:
+        device_kind: as `jax.Device.device_kind` says; looked up in `TABLE` first.
+        num_queries: Tq.
+        num_keys: Tk.
+        group: heads of q that share a key head, whose rows are in one tile.
+        head_dim: the larger one of D and Dv.
+        itemsize: bytes of an entry of q, k and v.
+        window: width of the sliding window, or None.
+    """
+    if device_kind in TABLE:
+        queries, keys = TABLE[device_kind]
+    else:
+        wide = width(head_dim, itemsize)
+        keys = min(LONGEST, KEYS // wide)
+        queries = min(keys, ROWS // (group * wide))
+        if window is not None:
+            shortest = max(SHORTEST_IN_WINDOW, 2 ** (window - 1).bit_length())
+            queries, keys = min(queries, shortest), min(keys, shortest)
+    return Blocks(_even(num_queries, queries), _even(num_keys, keys))
+
+
+def width(head_dim: int, itemsize: int) -> int:
+    """Bytes of one head of a token in VMEM, in units of 256."""
+    return -(-head_dim // LANES) * itemsize // 2
+
+
+def _even(length: int, block: int) -> int:
+    """Equal blocks of about `block` that cover `length` with the least padding."""
+    num_blocks = -(-length // max(block, LANES))
+    return -(-length // (num_blocks * LANES)) * LANES

@@ -1,0 +1,65 @@
+"""Which tiles of the Tq x Tk logits the TPU kernels visit, and in which order.
+
+The last axis of a kernel's grid runs over the visited tiles only: a tile that the static mask leaves empty costs no
+grid step and no copy to VMEM. The lists are prefetched to scalar memory, where the index maps of the blocks read them.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from pallas_kernels.attention.blocks import Blocks
+from pallas_kernels.attention.mask import Mask
+
+# Bits of `Visits.kind`. FIRST and LAST: of the visits that share an output block. MASKED: some of the logits are not
+# allowed. EMPTY: none is; such a visit only writes the zeros of an output block that has no other.
+FIRST, LAST, MASKED, EMPTY = 1, 2, 4, 8
+
+
+class Visits(NamedTuple):
+    """int32 [visits] each: the tile's index along queries and keys, and what it is."""
+
+    query: np.ndarray
+    key: np.ndarray
+    kind: np.ndarray
+
+
+def by_queries(mask: Mask, blocks: Blocks, needs_mask: bool) -> Visits:
+    """The key tiles of query tile 0, of query tile 1, ...; `needs_mask`: every tile does, whatever `mask` says."""
+    outer = range(0, mask.num_queries, blocks.queries)
+    reach = [mask.keys_of(x, min(x + blocks.queries, mask.num_queries)) for x in outer]
+    return _visits(reach, blocks.keys, lambda i, j: (i, j), mask, blocks, needs_mask)
+
+
+def by_keys(mask: Mask, blocks: Blocks, needs_mask: bool) -> Visits:
+    """The query tiles of key tile 0, of key tile 1, ..."""
+    outer = range(0, mask.num_keys, blocks.keys)
+    reach = [mask.queries_of(x, min(x + blocks.keys, mask.num_keys)) for x in outer]
+    return _visits(reach, blocks.queries, lambda i, j: (j, i), mask, blocks, needs_mask)
+
+
+def _visits(reach, inner_block, query_and_key, mask, blocks, needs_mask) -> Visits:
+    rows = []
+    for outer, (low, high) in enumerate(reach):
+        if low == high:
+            rows.append((*query_and_key(outer, 0), FIRST | LAST | EMPTY))
+            continue
+        first, last = low // inner_block, (high - 1) // inner_block
+        for inner in range(first, last + 1):
+            query, key = query_and_key(outer, inner)
+            kind = FIRST * (inner == first) | LAST * (inner == last)
+            kind |= MASKED * (needs_mask or not _is_full(mask, blocks, query, key))
+            rows.append((query, key, kind))
+    return Visits(*np.array(rows, np.int32).T)
+
+
+def _is_full(mask: Mask, blocks: Blocks, query: int, key: int) -> bool:
+    """Whether every query of a tile sees every key of it; padded queries do not count, padded keys do."""
+    first_query = query * blocks.queries + mask.offset
+    last_query = min((query + 1) * blocks.queries, mask.num_queries) - 1 + mask.offset
+    first_key, last_key = key * blocks.keys, (key + 1) * blocks.keys - 1
+    return (
+        last_key < mask.num_keys
+        and (not mask.causal or last_key <= first_query)
+        and (mask.window is None or last_query - first_key < mask.window)
+    )

@@ -1,0 +1,52 @@
+"""How many rows and columns of softmax a TPU core holds at a time."""
+
+from typing import NamedTuple
+
+LANES = 128
+# Of the 16 MiB that a kernel may use on a v5e; the rest is for the compiler.
+VMEM_BYTES = 12 * 2**20
+# Rows of a register of bfloat16, and the most of a block: larger ones hide their transfers no better.
+ROWS, MAX_ROWS = 16, 256
+
+
+class Blocks(NamedTuple):
+    """Multiples of 16 and of 128."""
+
+    rows: int
+    columns: int
+
+
+def two_pass_blocks(num_rows: int, num_columns: int, bytes_per_entry: int) -> Blocks:
+    """All columns of as many rows as fit into VMEM, else equal parts of the columns of the fewest rows.
+
+    Args:
+        num_rows: all rows.
+        num_columns: V.
+        bytes_per_entry: of all arrays that are cut into blocks together; each block is there twice, as one is
+            computed with while the next is on its way.
+    """
+    entries = VMEM_BYTES // (2 * bytes_per_entry)
+    columns = _equal_parts(num_columns, entries // ROWS)
+    rows = max(ROWS, min(entries // columns, MAX_ROWS) // ROWS * ROWS)
+    return Blocks(min(rows, _round_up(num_rows, ROWS)), columns)
+
+
+def one_pass_blocks(num_rows: int, num_columns: int, bytes_per_entry: int) -> Blocks:
+    """Many rows, as what is kept of each of them then fills lanes; arguments as of `two_pass_blocks`."""
+    rows = min(MAX_ROWS, _round_up(num_rows, LANES))
+    return Blocks(rows, _equal_parts(num_columns, VMEM_BYTES // (2 * bytes_per_entry * rows)))
+
+
+def _equal_parts(length: int, longest: int) -> int:
+    """Length of a few equal parts of whole registers that are not longer than `longest`.
+
+    The fewest, but up to twice as many where the length is then a multiple: no part has to be masked.
+    """
+    registers = _round_up(length, LANES) // LANES
+    fewest = -(-registers // (longest // LANES))
+    divisors = (parts for parts in range(fewest, 2 * fewest + 1) if registers % parts == 0)
+    return -(-registers // next(divisors, fewest)) * LANES
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return x + -x % multiple
