@@ -1,6 +1,7 @@
 """Types of arrays under `jax.shard_map`: which mesh axes a value varies over."""
 
 import jax
+from jax.experimental.pallas import tpu as pltpu
 
 
 def vary_alike(arrays):
@@ -19,7 +20,22 @@ def vary_alike(arrays):
     return jax.tree.map(cast, arrays)
 
 
+def shaped_like(x, shape=None, dtype=None) -> jax.ShapeDtypeStruct:
+    """Shape and dtype, those of x unless given, of a kernel's output that varies over the mesh axes that x does."""
+    aval = jax.typeof(x)
+    axes = {_ATTRIBUTE: getattr(aval, _ATTRIBUTE)}
+    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, **axes)
+
+
+def interpreter(interpret, x):
+    """`interpret` as `pallas_call` takes it: the plain interpreter, the fast one, does not keep track of mesh axes."""
+    return pltpu.InterpretParams() if interpret is True and _varying_axes(x) else interpret
+
+
+# jax 0.12 moved `vma` into `manual_axis_type`.
+_ATTRIBUTE = "manual_axis_type" if hasattr(jax.core.ShapedArray, "manual_axis_type") else "vma"
+
+
 def _varying_axes(x) -> frozenset[str]:
     aval = jax.typeof(x)
-    # jax 0.12 moved `vma` into `manual_axis_type`.
-    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+    return aval.vma if _ATTRIBUTE == "vma" else aval.manual_axis_type.varying

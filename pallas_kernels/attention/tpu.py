@@ -18,7 +18,7 @@ from pallas_kernels.attention.blocks import LANES, WIDEST_GROUP, blocks, width
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.attention.tpu_tile import Spec
 from pallas_kernels.dispatch import target
-from pallas_kernels.varying import vary_alike
+from pallas_kernels.varying import shaped_like, vary_alike
 
 LARGEST_HEAD_DIM = 512
 # Below any logit, and finite: the difference of two of them is 0.
@@ -93,8 +93,8 @@ def _forward(spec, q, k, v, queries, keys):
             tpu_tile.token_blocks(spec, tokens),
         ),
         out_shape=(
-            tpu_tile.shaped_like(q, (*heads.shape[:5], value_dim), v.dtype),
-            tpu_tile.shaped_like(q, heads.shape[:5], jnp.float32),
+            shaped_like(q, (*heads.shape[:5], value_dim), v.dtype),
+            shaped_like(q, heads.shape[:5], jnp.float32),
         ),
         out_specs=(
             tpu_tile.query_block(spec, group, value_dim),

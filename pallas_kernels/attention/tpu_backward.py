@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention import tpu_tile, visits
 from pallas_kernels.attention.blocks import LANES
 from pallas_kernels.attention.tpu_tile import Spec
+from pallas_kernels.varying import shaped_like
 
 # VMEM for dq, of which there is one sum in float32 and two buffers of the output.
 DQ_BYTES = 8 * 2**20
@@ -95,9 +96,9 @@ def _gradients(spec: Spec, of_queries, of_keys, dtype):
             tpu_tile.token_blocks(spec, tokens),
         ),
         out_shape=(
-            tpu_tile.shaped_like(q, q.shape, q.dtype),
-            tpu_tile.shaped_like(q, k.shape, dtype),
-            tpu_tile.shaped_like(q, v.shape, dtype),
+            shaped_like(q, q.shape, q.dtype),
+            shaped_like(q, k.shape, dtype),
+            shaped_like(q, v.shape, dtype),
         ),
         out_specs=(
             pl.BlockSpec((None, None, *q.shape[2:]), lambda b, h, *_: (b, h, 0, 0, 0, 0)),

@@ -233,11 +233,3 @@ def call(spec: Spec, kernel, tiles, arguments, in_specs, out_shape, out_specs, s
         interpret=spec.interpret,
         name=name,
     )(*tiles, *arguments)
-
-
-def shaped_like(x, shape, dtype) -> jax.ShapeDtypeStruct:
-    """The type of an output that varies over the mesh axes of `jax.shard_map` that x varies over."""
-    aval = jax.typeof(x)
-    # jax 0.12 moved `vma` into `manual_axis_type`.
-    name = "manual_axis_type" if hasattr(aval, "manual_axis_type") else "vma"
-    return jax.ShapeDtypeStruct(shape, dtype, **{name: getattr(aval, name)})

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention.tpu_tile import LOG2_E, dot
 from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.dispatch import target
-from pallas_kernels.selective_scan.tpu_types import interpreter, shaped_like
+from pallas_kernels.varying import interpreter, shaped_like
 
 # Cores that share the parallel axes of a grid, by device kind; elsewhere a chip has one or is two devices.
 CORES = {"TPU v4": 2, "TPU v5": 2}

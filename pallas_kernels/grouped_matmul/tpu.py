@@ -1,7 +1,7 @@
 """Grouped matrix product for TPU: `jax.lax.ragged_dot`, which XLA compiles to grouped kernels of its own there.
 
 None of ours, as there is little to gain: each of its three kernels walks tiles of 128 rows, once for each group that
-has rows in the tile, at over 90 % of the matrix unit's slots. See the package for the figures.
+has rows in the tile, with 80 to 94 % of the matrix unit's slots in use. See the package for the figures.
 """
 
 import jax

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.linear_attention import feature_maps, reference, tpu, xla
 from pallas_kernels.linear_attention.feature_maps import FEATURE_MAPS, FeatureMap
-from pallas_kernels.linear_attention.state import LinearAttentionState, runs, step
+from pallas_kernels.linear_attention.state import LinearAttentionState, step
+from pallas_kernels.segments import runs
 
 __all__ = [
     "FEATURE_MAPS",

@@ -1,4 +1,4 @@
-"""The recurrent state of linear attention, its one-token step, and what counts as a segment."""
+"""The recurrent state of linear attention and its one-token step."""
 
 from typing import NamedTuple
 
@@ -47,20 +47,3 @@ def step(state: LinearAttentionState, q, k, v, *, feature_map, normalize: bool, 
     if normalize:
         out /= jnp.sum(q * k_sum, axis=-1, keepdims=True) + eps
     return out.astype(v.dtype), LinearAttentionState(kv, k_sum)
-
-
-def runs(segment_ids) -> jax.Array:
-    """Numbers the segments of each row 1, 2, ... in the order in which they begin; padding stays 0.
-
-    A recurrent state knows only the present segment, so a segment is a run of one id: padding inside does not end
-    it, and an id that returns after another one begins a new segment. Int [B, T] -> int32 [B, T].
-    """
-    index = jnp.arange(segment_ids.shape[1])
-    is_token = segment_ids != 0
-    last_token = jax.lax.cummax(jnp.where(is_token, index, -1), axis=1)
-    before = jnp.pad(last_token[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    id_before = jnp.where(
-        before < 0, 0, jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
-    )
-    begins = is_token & (segment_ids != id_before)
-    return jnp.where(is_token, jnp.cumsum(begins, axis=1, dtype=jnp.int32), 0)

@@ -18,7 +18,7 @@ from pallas_kernels.linear_attention.state import LinearAttentionState
 from pallas_kernels.linear_attention.tpu_blocks import blocks, ones_rows
 from pallas_kernels.linear_attention.tpu_chunk import Spec
 from pallas_kernels.linear_attention.tpu_features import cannot_trace, kernel_features
-from pallas_kernels.varying import vary_alike
+from pallas_kernels.varying import interpreter, shaped_like, vary_alike
 
 
 def refuses(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps) -> str | None:
@@ -46,10 +46,7 @@ def linear_attention(
     time, value_dim = v.shape[1], v.shape[3]
     features = kernel_features(feature_map, q.shape[-1])
     sizes = _blocks(q, v, feature_map, chunk_size)
-    if interpret is True and _varying(q) != _varying(jnp.zeros(())):
-        # The plain interpreter, the fast one, does not keep track of the mesh axes of `jax.shard_map`.
-        interpret = pltpu.InterpretParams()
-    spec = Spec(features, sizes, time, normalize, eps, interpret)
+    spec = Spec(features, sizes, time, normalize, eps, interpreter(interpret, q))
     q, k = (_to_kernel(spec, x, features.dim) for x in (q, k))
     padded_values = value_dim + -value_dim % ones_rows(v.dtype)
     v = _to_kernel(spec, v, padded_values)
@@ -121,9 +118,9 @@ def _forward(spec, q, k, v, rows, state):
         tpu_chunk.forward,
         [(q, "tokens"), (k, "tokens"), (v, "tokens"), (rows, "rows"), (state, "state")],
         [
-            (_shape_like(v), "tokens"),
-            (_shape_like(v, (batch, heads, 1, time), jnp.float32), "tokens"),
-            (_shape_like(v, (batch, heads, *carry), jnp.float32), "state"),
+            (shaped_like(v), "tokens"),
+            (shaped_like(v, (batch, heads, 1, time), jnp.float32), "tokens"),
+            (shaped_like(v, (batch, heads, *carry), jnp.float32), "state"),
         ],
         carry,
     )
@@ -144,14 +141,14 @@ def _backward(spec, saved, cotangents):
         spec,
         tpu_chunk.query_gradient,
         [*common, (state, "state"), *gradients],
-        [(_shape_like(q), "tokens")],
+        [(shaped_like(q), "tokens")],
         carry,
     )
     dk, dv, d_state = _call(
         spec,
         tpu_chunk.key_value_gradient,
         [*common, (d_last, "state"), *gradients],
-        [(_shape_like(k), "tokens"), (_shape_like(v), "tokens"), (_shape_like(d_last), "state")],
+        [(shaped_like(k), "tokens"), (shaped_like(v), "tokens"), (shaped_like(d_last), "state")],
         carry,
         reverse=True,
     )
@@ -215,16 +212,3 @@ def _call(spec, kernel, inputs, outputs, carry, reverse=False):
         interpret=spec.interpret,
         name=kernel.__name__,
     )(*(x for x, _ in inputs))
-
-
-def _shape_like(x, shape=None, dtype=None) -> jax.ShapeDtypeStruct:
-    """Shape and dtype, those of `x` unless given, with the mesh axes that `x` varies over."""
-    return jax.ShapeDtypeStruct(shape or x.shape, dtype or x.dtype, **_varying(x))
-
-
-def _varying(x) -> dict:
-    """The mesh axes that `x` varies over, as `jax.ShapeDtypeStruct` takes them."""
-    aval = jax.typeof(x)
-    # jax 0.12 moved `vma` into `manual_axis_type`.
-    name = "manual_axis_type" if hasattr(aval, "manual_axis_type") else "vma"
-    return {name: getattr(aval, name)}

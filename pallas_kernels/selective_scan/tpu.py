@@ -26,7 +26,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     for_each_register,
     row,
 )
-from pallas_kernels.selective_scan.tpu_types import interpreter, shaped_like
+from pallas_kernels.varying import interpreter, shaped_like
 
 # Channels a block: the first that divides them.
 CHANNELS = (512, 256, 128)
@@ -95,7 +95,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         None if resets is None else blocks.resets,
         blocks.state,
     )
-    pasts = shaped_like(u, (batch, chunks, states, channels))
+    pasts = shaped_like(u, (batch, chunks, states, channels), jnp.float32)
     rows = pltpu.VMEM((spec.chunk, spec.channels), jnp.float32)
     sums = StateSums.scratch(spec)
     return pl.pallas_call(
@@ -105,7 +105,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         out_specs=(blocks.tokens, blocks.state, blocks.pasts if keeps_pasts else None),
         out_shape=(
             shaped_like(u, u.shape, u.dtype),
-            shaped_like(u, state.shape),
+            shaped_like(u, state.shape, jnp.float32),
             pasts if keeps_pasts else None,
         ),
         scratch_shapes=(rows, rows, sums),

@@ -22,7 +22,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     for_each_register,
     row,
 )
-from pallas_kernels.selective_scan.tpu_types import shaped_like
+from pallas_kernels.varying import shaped_like
 
 
 def backward(spec: Spec, saved, cotangents):
@@ -35,12 +35,20 @@ def backward(spec: Spec, saved, cotangents):
     outputs = {
         "u": (shaped_like(u, u.shape, u.dtype), blocks.tokens),
         "delta": (shaped_like(u, u.shape, delta.dtype), blocks.tokens),
-        "A": (shaped_like(u, (batch, states, channels)), blocks.state),
-        "B": (shaped_like(u, (batch, channel_blocks, states, time)), blocks.partial_columns),
-        "C": (shaped_like(u, (batch, channel_blocks, states, time)), blocks.partial_columns),
-        "D": (shaped_like(u, (batch, 1, channels)), blocks.state_row) if skips else (None, None),
+        "A": (shaped_like(u, (batch, states, channels), jnp.float32), blocks.state),
+        "B": (
+            shaped_like(u, (batch, channel_blocks, states, time), jnp.float32),
+            blocks.partial_columns,
+        ),
+        "C": (
+            shaped_like(u, (batch, channel_blocks, states, time), jnp.float32),
+            blocks.partial_columns,
+        ),
+        "D": (shaped_like(u, (batch, 1, channels), jnp.float32), blocks.state_row)
+        if skips
+        else (None, None),
         "z": (shaped_like(u, u.shape, u.dtype), blocks.tokens) if gates else (None, None),
-        "state": (shaped_like(u, (batch, states, channels)), blocks.state),
+        "state": (shaped_like(u, (batch, states, channels), jnp.float32), blocks.state),
     }
     rows = pltpu.VMEM((spec.chunk, spec.channels), jnp.float32)
     sums = StateSums.scratch(spec)

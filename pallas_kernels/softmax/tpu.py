@@ -17,7 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.softmax import xla
 from pallas_kernels.softmax.extended import Extended
 from pallas_kernels.softmax.tpu_blocks import LANES, ROWS, Blocks, one_pass_blocks, two_pass_blocks
-from pallas_kernels.varying import vary_alike
+from pallas_kernels.varying import interpreter, shaped_like, vary_alike
 
 # Columns of 16 rows that are read into registers at once, with one exponent for each lane.
 GROUP = 16 * LANES
@@ -93,7 +93,7 @@ def _cross_entropy_forward(interpret, logits, labels):
             pl.BlockSpec((1, 1, sizes.rows), lambda i, j: (i, 0, 0)),
         ],
         out_specs=pl.BlockSpec((1, 3, sizes.rows), lambda i, j: (i, 0, 0)),
-        out_shape=_shape_like(logits, (steps, 3, sizes.rows), jnp.float32),
+        out_shape=shaped_like(logits, (steps, 3, sizes.rows), jnp.float32),
         scratch_shapes=[scratch, scratch, scratch, pltpu.VMEM(scratch.shape, jnp.int32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
         interpret=spec.interpret,
@@ -130,7 +130,7 @@ def _two_passes(kernel, interpret, *arrays):
         in_specs=[pl.BlockSpec(sizes, lambda i, p, j: (i, j)) for _ in arrays],
         # The first pass writes nothing: its block of the output is the one that the second begins with.
         out_specs=pl.BlockSpec(sizes, lambda i, p, j: (i, p * j)),
-        out_shape=_shape_like(arrays[0], arrays[0].shape, arrays[0].dtype),
+        out_shape=shaped_like(arrays[0], arrays[0].shape, arrays[0].dtype),
         scratch_shapes=[pltpu.VMEM((sizes.rows, LANES), jnp.float32)] * 2,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary")
@@ -316,24 +316,8 @@ def _registers(x):
 
 
 def _spec(interpret, x, sizes: Blocks) -> _Spec:
-    if interpret is True and _varying(x) != _varying(jnp.zeros(())):
-        # The plain interpreter, the fast one, does not keep track of the mesh axes of `jax.shard_map`.
-        interpret = pltpu.InterpretParams()
-    return _Spec(sizes, x.shape[1], interpret)
+    return _Spec(sizes, x.shape[1], interpreter(interpret, x))
 
 
 def _steps(length: int, block: int) -> int:
     return -(-length // block)
-
-
-def _shape_like(x, shape, dtype) -> jax.ShapeDtypeStruct:
-    """A shape with the mesh axes that `x` varies over."""
-    return jax.ShapeDtypeStruct(shape, dtype, **_varying(x))
-
-
-def _varying(x) -> dict:
-    """The mesh axes that `x` varies over, as `jax.ShapeDtypeStruct` takes them."""
-    aval = jax.typeof(x)
-    # jax 0.12 moved `vma` into `manual_axis_type`.
-    name = "manual_axis_type" if hasattr(aval, "manual_axis_type") else "vma"
-    return {name: getattr(aval, name)}

@@ -5,9 +5,9 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_array, check_same_dtype, check_segment_ids
 from pallas_kernels.dispatch import Implementation, call
-from pallas_kernels.selective_scan.checks import check_array, check_same_dtype, check_segment_ids
-from pallas_kernels.selective_scan.segments import resets
+from pallas_kernels.segments import resets
 from pallas_kernels.ssd_scan import reference, tpu, xla
 from pallas_kernels.ssd_scan.state import step
 from pallas_kernels.varying import vary_alike

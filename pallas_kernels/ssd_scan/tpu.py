@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.selective_scan.tpu_types import interpreter, shaped_like
 from pallas_kernels.ssd_scan import tpu_backward, tpu_forward
 from pallas_kernels.ssd_scan.tpu_blocks import MAX_CHUNK, TILE, VMEM_BYTES, blocks, vmem_bytes
 from pallas_kernels.ssd_scan.tpu_chunk import Spec
+from pallas_kernels.varying import interpreter, shaped_like
 
 LOG2_E = 1.4426950408889634
 
@@ -141,7 +141,7 @@ def _call_forward(spec, x, dt, log_decay, B, C, D, rows, state, *, keeps_pasts):
         ],
         [
             (x, grid.tokens),
-            (shaped_like(x, state.shape), grid.last_state),
+            (shaped_like(x, state.shape, jnp.float32), grid.last_state),
             (pasts if keeps_pasts else None, grid.pasts),
         ],
         grid.square_scratch(1),
