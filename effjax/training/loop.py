@@ -22,11 +22,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax import checkpoint, data, models, optim, registry
-from effjax.training import sharding
+from effjax.training import lowering, sharding
 from effjax.training.metrics import Counts, Interval, MetricsLog
 from effjax.training.progress import Screen
 from effjax.training.state import TrainState, init_state, initialise
-from effjax.training.step import make_train_step
 from effjax.training.stopping import StopRequest
 from effjax.training.validation import Validation
 
@@ -168,23 +167,15 @@ class Run:
             return self._compiled[1]
         with self._pause():
             start = time.perf_counter()
-            training = self.config["training"]
-            update = make_train_step(
+            compiled = lowering.lower(
                 model,
                 self._objective,
                 self._optimizer,
-                accumulation_steps=training["accumulation_steps"],
-                ema_decay=training["ema_decay"],
-            )
-            compiled = (
-                jax.jit(
-                    update,
-                    out_shardings=(self._state_shardings, self._replicated),
-                    donate_argnums=0,
-                )
-                .lower(self.state, batch)
-                .compile()
-            )
+                self.config["training"],
+                self.state,
+                batch,
+                self.mesh,
+            ).compile()
             seconds = time.perf_counter() - start
         self.progress.compile_seconds += seconds
         self.screen.say(f"step {self.step}: compiled the training step in {seconds:.1f} s")
@@ -284,16 +275,11 @@ class Run:
             config["seed"],
             ema=config["training"]["ema_decay"] is not None,
         )
-        shapes = jax.eval_shape(init)
-        self._state_shardings = sharding.state_shardings(shapes, self.mesh)
-        abstract = jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            shapes,
-            self._state_shardings,
-        )
+        abstract = sharding.abstract_state(init, self.mesh)
         restored = self._checkpoints.restore(abstract, self._iterator)
         if restored is None:
-            self.state: TrainState = initialise(init, self._state_shardings)
+            shardings = jax.tree.map(lambda x: x.sharding, abstract)
+            self.state: TrainState = initialise(init, shardings)
             self.progress = Progress()
         else:
             self.state, progress = restored

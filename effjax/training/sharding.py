@@ -5,7 +5,7 @@ from logical to mesh axes says how each meaning is split. The compiler derives t
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,6 +98,16 @@ def state_shardings(shapes: Any, mesh: Mesh) -> Any:
     """
     return pytree.map_paths(
         lambda path, leaf: NamedSharding(mesh, parameter_spec(path, leaf.shape, mesh)), shapes
+    )
+
+
+def abstract_state(init: Callable[[], Any], mesh: Mesh) -> Any:
+    """The types of what `init` returns, each with the sharding that `state_shardings` gives it; nothing is run."""
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        state_shardings(shapes, mesh),
     )
 
 

@@ -210,5 +210,5 @@ def _call(spec, kernel, inputs, outputs, carry, reverse=False):
             dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
         interpret=spec.interpret,
-        name=kernel.__name__,
+        name=f"linear_attention_{kernel.__name__}",
     )(*(x for x, _ in inputs))
