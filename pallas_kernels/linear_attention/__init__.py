@@ -63,7 +63,7 @@ def linear_attention(
             nothing, is seen by nothing and has out 0. A segment is a run of one id; padding inside does not end it.
         normalize: divide by the sum of the weights; False: the numerator alone. Weights of "identity" can be
             negative, so that their sum means little.
-        eps: added to the sum of the weights.
+        eps: added to the sum of the weights; positive, so that padding, which sees nothing, has out 0.
         initial_state: state of the tokens before, which are of the first segment of each row; None: none.
         return_state: also return the state after the last token, which is that of the last segment of each row.
         implementation: "tpu", "xla", "reference" or "tpu_interpret" (the TPU kernels by Pallas's interpreter); None
@@ -134,6 +134,7 @@ def linear_attention_decode(
     Raises:
         ValueError: an argument is malformed.
     """
+    _check_options(None, eps)
     has_time = jnp.ndim(q) == 4
     if has_time:
         if q.shape[1] != 1:
@@ -175,8 +176,8 @@ def _check_options(chunk_size, eps) -> None:
         raise ValueError(
             f"linear_attention: chunk_size must be a positive int or None, not {chunk_size!r}"
         )
-    if not eps >= 0:
-        raise ValueError(f"linear_attention: eps must not be negative: {eps!r}")
+    if not eps > 0:  # padding sees nothing, and is 0 / eps
+        raise ValueError(f"linear_attention: eps must be positive, not {eps!r}")
 
 
 def _check_state(state, q, v, feature_map) -> LinearAttentionState:

@@ -236,14 +236,14 @@ ONES = np.ones((2, 5, 3, 4), "f")
         ({"q": ONES[:, :0]}, "q has an axis of size 0"),
         ({"feature_map": "tailor"}, r"one of \['elu\+1', 'identity', 'softplus', 'taylor'\]"),
         ({"chunk_size": 0}, "chunk_size must be a positive int or None, not 0"),
-        ({"eps": -1.0}, "eps must not be negative: -1.0"),
+        ({"eps": 0.0}, "eps must be positive, not 0.0"),
         ({"segment_ids": np.ones((2, 4), int)}, r"must be of shape \(2, 5\), not \(2, 4\)"),
         ({"segment_ids": np.ones((2, 5), "f")}, "must be integer, not float32"),
         (
             {"initial_state": LinearAttentionState.zeros(2, 3, 4, 5)},
             r"must have kv \(2, 3, 15, 4\) and k_sum \(2, 3, 15\), not \(2, 3, 15, 5\)",
         ),
-        ({"implementation": "tpu"}, "implementation='tpu' is unknown"),
+        ({"implementation": "tpu"}, r"implementation='tpu' runs on \['tpu'\] only"),
     ],
 )
 def test_bad_input_is_named(change, message):
