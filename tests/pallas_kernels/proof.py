@@ -8,6 +8,17 @@ import pytest
 from pallas_kernels import topology
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+# Every chip that kernels are compiled for; beyond the first only with `-m slow`.
+CHIPS = ("v5e", pytest.param("v6e", marks=pytest.mark.slow))
+
+
+def by_chip(cases: dict) -> list:
+    """Names of cases whose first entry is the chip, those of the others than the first marked slow."""
+    slow = pytest.mark.slow
+    return [
+        name if case[0] == CHIPS[0] else pytest.param(name, marks=slow)
+        for name, case in cases.items()
+    ]
 
 
 def relative_error(got, want) -> float:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
-from proof import TOLERANCE, needs_libtpu, relative_error, temporary_bytes
+from proof import TOLERANCE, by_chip, needs_libtpu, relative_error, temporary_bytes
 from test_attention_kernel import by_loops
 
 from pallas_kernels import attention, decode_attention, topology
@@ -290,7 +290,7 @@ COMPILED = {
 
 
 @needs_libtpu
-@pytest.mark.parametrize("case", COMPILED)
+@pytest.mark.parametrize("case", by_chip(COMPILED))
 def test_compiles_for_tpu_without_a_copy_of_the_cache_and_is_the_default_there(monkeypatch, case):
     monkeypatch.undo()
     chip, (batch, num_queries, heads, dim), (size, kv_heads), page, dtype, options = COMPILED[case]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from proof import assert_close, compile_with_gradients, needs_libtpu, relative_error
+from proof import CHIPS, assert_close, compile_with_gradients, needs_libtpu, relative_error
 
 from pallas_kernels import grouped_matmul, topology
 from pallas_kernels.grouped_matmul import reference, tpu
@@ -64,7 +64,7 @@ def test_under_shard_map_and_remat_with_matrices_shared_by_all_devices(rng):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     ("num_rows", "k", "n", "dtype"),
     [(4096, 1024, 4096, "bfloat16"), (4096, 512, 1024, "float32"), (1000, 384, 200, "bfloat16")],

@@ -9,7 +9,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from proof import assert_close, compile_with_gradients, needs_libtpu, relative_error
+from proof import CHIPS, assert_close, compile_with_gradients, needs_libtpu, relative_error
 from test_linear_attention_kernel import random_segments
 
 from pallas_kernels import LinearAttentionState, linear_attention, topology
@@ -222,7 +222,7 @@ TYPICAL = [("taylor", 16, 64), ("taylor", 16, 128), ("identity", 128, 128), ("el
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     ("feature_map", "dim", "value_dim", "dtype", "has_segments"),
     [(*shape, "bfloat16", False) for shape in TYPICAL]
@@ -248,7 +248,7 @@ def test_compiles_for_tpu(chip, feature_map, dim, value_dim, dtype, has_segments
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_inside_a_sharded_step_with_states(chip):
     """Each of four chips has [2, 4096, 16, 16], with values of 64."""
     mesh = topology.mesh(f"{chip}:2x2", (2, 2), ("data", "tensor"))

@@ -9,7 +9,7 @@ import optax
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
-from proof import assert_close, needs_libtpu, relative_error, temporary_bytes
+from proof import CHIPS, assert_close, needs_libtpu, relative_error, temporary_bytes
 
 from pallas_kernels import cross_entropy, linear_cross_entropy, softmax, topology
 from pallas_kernels.softmax import tpu, tpu_blocks, xla
@@ -315,7 +315,7 @@ def test_linear_cross_entropy_under_shard_map_sums_the_gradient_of_the_weight(rn
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     ("shape", "dtype"),
     [
@@ -341,7 +341,7 @@ def test_compiles_for_tpu(chip, shape, dtype):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_inside_a_sharded_step(chip):
     """The vocabulary's loss on four chips, each with [2, 512] tokens."""
     mesh = topology.mesh(f"{chip}:2x2", (4,))

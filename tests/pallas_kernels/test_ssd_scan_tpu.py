@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
-from proof import assert_close, compile_with_gradients, needs_libtpu, relative_error
+from proof import CHIPS, assert_close, compile_with_gradients, needs_libtpu, relative_error
 from scan_cases import random_segments
 from test_ssd_scan import in_float32
 from test_ssd_scan import random_inputs as random_inputs_of_any_step
@@ -171,7 +171,7 @@ def kernels_in(compiled) -> int:
 
 
 @needs_libtpu
-@pytest.mark.parametrize("chip", ["v5e", "v6e"])
+@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
     ("shape", "dtype", "has_segments"),
     [

@@ -34,7 +34,7 @@ def test_every_recipe_describes_a_model_that_can_be_built(name, size):
         configs.check(config)
     elif name in ("transformer", "mamba", "mamba2"):
         stated = float(size[:-1]) * (1000 if size.endswith("b") else 1)
-        np.testing.assert_allclose(millions, stated, rtol=0.021)
+        np.testing.assert_allclose(millions, stated, rtol=0.035)  # as rounded as the names are
 
 
 def test_shared_parameters_make_recursive_models_smaller():
