@@ -29,11 +29,13 @@ _EXIT_TEST = re.compile(
 )
 _ADD = re.compile(r"(%\w+) = sadd\.s32 (\d+), (%\w+)")
 _PHI = re.compile(r"(%\w+) = sphi (%\w+), (%\w+)")
-_CONSTANT = re.compile(r"(%\w+) = smov\.u32 (\d+)(?= )")
+_CONSTANT = re.compile(r"(%\w+) = smov(?:\.u32)? (\d+)(?= )")
 _WINDOW = re.compile(
     r"operator (?:in|out)put \d+\. The window shape is \w+\[([\d,]*)\], while the full shape is \w+\[([\d,]*)\]"
 )
 _GRID_LOOP = "iteration index"
+# The column of the matrix units: to libtpu 0.0.50, and from 0.0.51.
+_MATRIX_COLUMNS = ("MXU", "MATMUL")
 # The loop over the grid runs this much longer than the grid: the copies of a step run beside the computation of the one
 # before, so that the pipeline has to be filled and drained.
 PIPELINE_STEPS = 2
@@ -159,8 +161,8 @@ def _shape(text: str) -> tuple[int, ...]:
 def _matmul_slots(utilization: str) -> tuple[int, list[int]]:
     """The number of matrix units, and how many are held in each bundle."""
     lines = iter(utilization.splitlines())
-    names = next(line for line in lines if "MATMUL" in line).split(", ")
-    column = names.index("MATMUL")
+    names = next(line for line in lines if "VALU" in line).split(", ")
+    column = next(names.index(name) for name in _MATRIX_COLUMNS if name in names)
     capacity = next(lines).split()
     next(line for line in lines if "UTILIZATION" in line)
     return int(capacity[column]), [int(line.split()[column]) for line in lines if line.strip()]
