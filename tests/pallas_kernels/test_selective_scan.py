@@ -72,8 +72,8 @@ CASES = {
 )
 def test_xla_with_every_gradient_equals_float64(rng, case, dtype):
     length, has_segments, optional = CASES[case]
-    inputs = random_inputs(rng, 2, length, 6, 4)
-    cotangents = {"y": rng.normal(size=(2, length, 6)), "state": rng.normal(size=(2, 6, 4))}
+    inputs = random_inputs(rng, 2, length, 24, 4)
+    cotangents = {"y": rng.normal(size=(2, length, 24)), "state": rng.normal(size=(2, 24, 4))}
     for name in {"D", "z", "initial_state"} - set(optional):
         del inputs[name]
     segment_ids = random_segments(rng, 2, length) if has_segments else None

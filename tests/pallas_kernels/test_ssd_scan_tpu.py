@@ -28,7 +28,7 @@ def random_inputs(*arguments):
 # Length, chunk, heads, P, groups, whether there are segments, which optional arrays there are.
 CASES = {
     "one short chunk": (7, None, 4, 16, 1, False, ("D",)),
-    "chunks": (300, 128, 2, 64, 1, False, ()),
+    "chunks": (300, 128, 8, 64, 1, False, ()),
     "chunks of tiles": (300, 256, 8, 16, 1, True, ("initial_state",)),
     "steps of heads, segments, everything": (150, 128, 12, 20, 2, True, ("D", "initial_state")),
     "whole chunks, everything": (256, 100, 8, 16, 1, False, ("D", "initial_state")),
