@@ -1,4 +1,4 @@
-"""Validation that the scans share: errors that name the argument and what is valid."""
+"""Validation that ops share: errors that name the argument and what is valid."""
 
 import jax.numpy as jnp
 
@@ -30,3 +30,9 @@ def check_segment_ids(op: str, segment_ids, shape: tuple[int, int]) -> None:
         )
     if not jnp.issubdtype(jnp.result_type(segment_ids), jnp.integer):
         raise ValueError(f"{op}: segment_ids must be integer, not {jnp.result_type(segment_ids)}")
+
+
+def check_positive_int(op: str, name: str, value) -> None:
+    """Checks an option that None leaves out."""
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{op}: {name} must be a positive int or None, not {value!r}")

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import NamedTuple
 
 import jax
@@ -61,6 +62,24 @@ class Implementation:
 
     def runs_on(self, platform: str) -> bool:
         return self.platforms is None or platform in self.platforms
+
+
+def kernels_or_xla(tpu: ModuleType, xla: ModuleType, reference: ModuleType, op: str) -> dict:
+    """The table of an op with kernels for TPU: those, XLA elsewhere, the reference, and the kernels interpreted.
+
+    Args:
+        tpu: module with the kernels, the function `op`, which takes `interpret`, and `refuses`.
+        xla, reference: modules with the function `op`.
+        op: name of the function.
+    """
+    kernels = getattr(tpu, op)
+    interpreted = functools.partial(kernels, interpret=True)
+    return {
+        "tpu": Implementation(kernels, platforms=("tpu",), refuses=tpu.refuses),
+        "xla": Implementation(getattr(xla, op)),
+        "reference": Implementation(getattr(reference, op)),
+        "tpu_interpret": Implementation(interpreted, automatic=False, refuses=tpu.refuses),
+    }
 
 
 def select(

@@ -1,6 +1,5 @@
 """Attention: signature, validation and dispatch; the implementations are files of their own."""
 
-import functools
 import math
 
 import jax
@@ -8,16 +7,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import reference, tpu, xla
 from pallas_kernels.attention.mask import Mask, Tokens
-from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.checks import check_positive_int
+from pallas_kernels.dispatch import call, kernels_or_xla
 
-IMPLEMENTATIONS = {
-    "tpu": Implementation(tpu.attention, platforms=("tpu",), refuses=tpu.refuses),
-    "xla": Implementation(xla.attention),
-    "reference": Implementation(reference.attention),
-    "tpu_interpret": Implementation(
-        functools.partial(tpu.attention, interpret=True), automatic=False, refuses=tpu.refuses
-    ),
-}
+IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "attention")
 
 
 def attention(
@@ -108,13 +101,11 @@ def _check_arrays(q, k, v) -> None:
 
 
 def _check_options(causal, window, logits_soft_cap) -> None:
-    if window is not None:
-        if not causal:
-            raise ValueError(
-                f"attention: window={window!r} is defined for causal=True only (it counts back in time)"
-            )
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise ValueError(f"attention: window must be a positive int or None, not {window!r}")
+    if window is not None and not causal:
+        raise ValueError(
+            f"attention: window={window!r} is defined for causal=True only (it counts back in time)"
+        )
+    check_positive_int("attention", "window", window)
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(
             f"attention: logits_soft_cap must be positive or None, not {logits_soft_cap!r}"

@@ -7,20 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.checks import check_positive_int
 from pallas_kernels.decode_attention import reference, tpu, xla
-from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.varying import vary_alike
 
-IMPLEMENTATIONS = {
-    "tpu": Implementation(tpu.decode_attention, platforms=("tpu",), refuses=tpu.refuses),
-    "xla": Implementation(xla.decode_attention),
-    "reference": Implementation(reference.decode_attention),
-    "tpu_interpret": Implementation(
-        functools.partial(tpu.decode_attention, interpret=True),
-        automatic=False,
-        refuses=tpu.refuses,
-    ),
-}
+IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "decode_attention")
 
 
 def decode_attention(
@@ -159,10 +151,7 @@ def _check_tokens(q, k_cache, lengths, page_table) -> None:
 
 
 def _check_options(window, logits_soft_cap) -> None:
-    if window is not None and (
-        isinstance(window, bool) or not isinstance(window, int) or window < 1
-    ):
-        raise ValueError(f"decode_attention: window must be a positive int or None, not {window!r}")
+    check_positive_int("decode_attention", "window", window)
     if logits_soft_cap is not None and not logits_soft_cap > 0:
         raise ValueError(
             f"decode_attention: logits_soft_cap must be positive or None, not {logits_soft_cap!r}"

@@ -1,11 +1,10 @@
 """Linear attention: signatures, validation and dispatch. `reference`, `xla` and `tpu` hold the implementations."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.checks import check_positive_int, check_segment_ids
+from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.linear_attention import feature_maps, reference, tpu, xla
 from pallas_kernels.linear_attention.feature_maps import FEATURE_MAPS, FeatureMap
 from pallas_kernels.linear_attention.state import LinearAttentionState, step
@@ -19,16 +18,7 @@ __all__ = [
     "linear_attention_decode",
 ]
 
-IMPLEMENTATIONS = {
-    "tpu": Implementation(tpu.linear_attention, platforms=("tpu",), refuses=tpu.refuses),
-    "xla": Implementation(xla.linear_attention),
-    "reference": Implementation(reference.linear_attention),
-    "tpu_interpret": Implementation(
-        functools.partial(tpu.linear_attention, interpret=True),
-        automatic=False,
-        refuses=tpu.refuses,
-    ),
-}
+IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "linear_attention")
 
 
 def linear_attention(
@@ -78,14 +68,7 @@ def linear_attention(
     _check_arrays(q, k, v, ndim=4, axes="[B, T, H, D]")
     _check_options(chunk_size, eps)
     if segment_ids is not None:
-        if jnp.shape(segment_ids) != q.shape[:2]:
-            raise ValueError(
-                f"linear_attention: segment_ids must be of shape {q.shape[:2]}, not {jnp.shape(segment_ids)}"
-            )
-        if not jnp.issubdtype(jnp.result_type(segment_ids), jnp.integer):
-            raise ValueError(
-                f"linear_attention: segment_ids must be integer, not {jnp.result_type(segment_ids)}"
-            )
+        check_segment_ids("linear_attention", segment_ids, q.shape[:2])
     feature_map = feature_maps.get(feature_map)
     state = initial_state
     if state is not None:
@@ -170,12 +153,7 @@ def _check_arrays(q, k, v, *, ndim: int, axes: str) -> None:
 
 
 def _check_options(chunk_size, eps) -> None:
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(
-            f"linear_attention: chunk_size must be a positive int or None, not {chunk_size!r}"
-        )
+    check_positive_int("linear_attention", "chunk_size", chunk_size)
     if not eps > 0:  # padding sees nothing, and is 0 / eps
         raise ValueError(f"linear_attention: eps must be positive, not {eps!r}")
 

@@ -1,12 +1,10 @@
 """The selective scan of Mamba: signatures, validation and dispatch; the implementations are files of their own."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import check_array, check_same_dtype, check_segment_ids
-from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.segments import resets
 from pallas_kernels.selective_scan import reference, tpu, xla
 from pallas_kernels.selective_scan.state import step
@@ -16,16 +14,7 @@ __all__ = ["selective_scan", "selective_scan_decode"]
 
 _OP = "selective_scan"
 
-IMPLEMENTATIONS = {
-    "tpu": Implementation(tpu.selective_scan, platforms=("tpu",), refuses=tpu.refuses),
-    "xla": Implementation(xla.selective_scan),
-    "reference": Implementation(reference.selective_scan),
-    "tpu_interpret": Implementation(
-        functools.partial(tpu.selective_scan, interpret=True),
-        automatic=False,
-        refuses=tpu.refuses,
-    ),
-}
+IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "selective_scan")
 
 
 def selective_scan(

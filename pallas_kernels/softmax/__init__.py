@@ -9,32 +9,17 @@ What serves which op, the preferred first:
 | linear_cross_entropy | "xla": its matrix products dominate | "xla" | the logits of a chunk |
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.checks import check_positive_int
+from pallas_kernels.dispatch import Implementation, call, kernels_or_xla
 from pallas_kernels.softmax import reference, tpu, xla, xla_linear
 
 __all__ = ["cross_entropy", "linear_cross_entropy", "softmax"]
 
-SOFTMAX_IMPLEMENTATIONS = {
-    "tpu": Implementation(tpu.softmax, platforms=("tpu",), refuses=tpu.refuses),
-    "xla": Implementation(xla.softmax),
-    "reference": Implementation(reference.softmax),
-    "tpu_interpret": Implementation(
-        functools.partial(tpu.softmax, interpret=True), automatic=False, refuses=tpu.refuses
-    ),
-}
-CROSS_ENTROPY_IMPLEMENTATIONS = {
-    "tpu": Implementation(tpu.cross_entropy, platforms=("tpu",), refuses=tpu.refuses),
-    "xla": Implementation(xla.cross_entropy),
-    "reference": Implementation(reference.cross_entropy),
-    "tpu_interpret": Implementation(
-        functools.partial(tpu.cross_entropy, interpret=True), automatic=False, refuses=tpu.refuses
-    ),
-}
+SOFTMAX_IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "softmax")
+CROSS_ENTROPY_IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "cross_entropy")
 LINEAR_CROSS_ENTROPY_IMPLEMENTATIONS = {
     "xla": Implementation(xla_linear.linear_cross_entropy),
     "reference": Implementation(reference.linear_cross_entropy),
@@ -132,10 +117,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"{op}: weight has dtype {weight.dtype} but hidden has {hidden.dtype}; cast one"
         )
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(f"{op}: chunk_size must be a positive int or None, not {chunk_size!r}")
+    check_positive_int(op, "chunk_size", chunk_size)
     labels = _check_labels(op, labels, "hidden", hidden)
     return call(
         op,

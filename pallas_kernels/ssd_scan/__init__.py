@@ -1,12 +1,15 @@
 """The scan of Mamba-2: signatures, validation and dispatch; the implementations are files of their own."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_array, check_same_dtype, check_segment_ids
-from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.checks import (
+    check_array,
+    check_positive_int,
+    check_same_dtype,
+    check_segment_ids,
+)
+from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.segments import resets
 from pallas_kernels.ssd_scan import reference, tpu, xla
 from pallas_kernels.ssd_scan.state import step
@@ -16,16 +19,7 @@ __all__ = ["ssd_decode", "ssd_scan"]
 
 _OP = "ssd_scan"
 
-IMPLEMENTATIONS = {
-    "tpu": Implementation(tpu.ssd_scan, platforms=("tpu",), refuses=tpu.refuses),
-    "xla": Implementation(xla.ssd_scan),
-    "reference": Implementation(reference.ssd_scan),
-    "tpu_interpret": Implementation(
-        functools.partial(tpu.ssd_scan, interpret=True),
-        automatic=False,
-        refuses=tpu.refuses,
-    ),
-}
+IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "ssd_scan")
 
 
 def ssd_scan(
@@ -76,10 +70,7 @@ def ssd_scan(
     _check(x, dt, A, B, C, D, initial_state, "B, T")
     if segment_ids is not None:
         check_segment_ids(_OP, segment_ids, x.shape[:2])
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-    ):
-        raise ValueError(f"{_OP}: chunk_size must be a positive int or None, not {chunk_size!r}")
+    check_positive_int(_OP, "chunk_size", chunk_size)
     A, D, state = _in_state_dtype(x, dt, A, B, D, initial_state)
     reset = is_token = None
     if segment_ids is not None:
