@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.mixers.causal_conv import ConvState, causal_conv
-from effjax.mixers.recurrent_state import RecurrentState, keep
+from effjax.mixers.recurrent_state import RecurrentState, advance
 from effjax.nn import Linear, on_shards
 from effjax.registry import register
 from pallas_kernels import selective_scan, selective_scan_decode
@@ -98,15 +98,14 @@ class Mamba(nn.Module):
         conv_before = None if state is None else state.conv
         u, conv = causal_conv(u, segment_ids, taps.astype(x.dtype), conv_before)
         u = nn.silu(u + bias.astype(x.dtype))
-        scan = self.init_state(*x.shape[:2], d_model, x.dtype).scan if state is None else state.scan
-        before = None if state is None else scan.before(segment_ids)
         arguments = (u, *self._selection(u, d_model), gate)
-        if state is not None and x.shape[1] == 1:
-            y, memory = selective_scan_decode(before, *arguments)
-            memory = keep(segment_ids[:, 0] > 0, memory, before)
-        else:
-            y, memory = self._scan(arguments, segment_ids, before)
-        return Linear(d_model, name="out")(y), MambaState(conv, scan.after(memory, segment_ids))
+        y, scan = advance(
+            None if state is None else state.scan,
+            segment_ids,
+            step=lambda memory: selective_scan_decode(memory, *arguments),
+            scan=lambda memory: self._scan(arguments, segment_ids, memory),
+        )
+        return Linear(d_model, name="out")(y), MambaState(conv, scan)
 
     def _scan(self, arguments, segment_ids, before):
         def scan(arguments, segment_ids, before):

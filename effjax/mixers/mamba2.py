@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from effjax.mixers.causal_conv import ConvState, causal_conv
 from effjax.mixers.mamba import MambaState, conv_params, step_bias
-from effjax.mixers.recurrent_state import RecurrentState, keep
+from effjax.mixers.recurrent_state import RecurrentState, advance
 from effjax.nn import Linear, on_shards
 from effjax.registry import register
 from pallas_kernels import ssd_decode, ssd_scan
@@ -99,15 +99,15 @@ class Mamba2(nn.Module):
         step = jax.nn.softplus(step + step_bias(self, heads))
         decay = -jnp.exp(self.param("A_log", _log_uniform_decay, (heads,), jnp.float32))
         skip = self.param("D", nn.initializers.ones_init(), (heads,), jnp.float32)
-        scan = self.init_state(*x.shape[:2], d_model, x.dtype).scan if state is None else state.scan
-        before = None if state is None else scan.before(segment_ids)
-        if state is not None and x.shape[1] == 1:
-            y, memory = ssd_decode(before, u, step, decay, b, c, skip)
-            memory = keep(segment_ids[:, 0] > 0, memory, before)
-        else:
-            y, memory = self._scan((u, step, decay, b, c, skip), segment_ids, before)
+        arguments = (u, step, decay, b, c, skip)
+        y, scan = advance(
+            None if state is None else state.scan,
+            segment_ids,
+            step=lambda memory: ssd_decode(memory, *arguments),
+            scan=lambda memory: self._scan(arguments, segment_ids, memory),
+        )
         y = self._norm(y.reshape(*x.shape[:2], channels) * nn.silu(gate))
-        return Linear(d_model, name="out")(y), MambaState(conv, scan.after(memory, segment_ids))
+        return Linear(d_model, name="out")(y), MambaState(conv, scan)
 
     def _scan(self, arguments, segment_ids, before):
         def scan(arguments, segment_ids, before):

@@ -1,5 +1,6 @@
 """A decode state of constant size, and how it goes from one segment of a row to the next."""
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -22,7 +23,7 @@ class RecurrentState:
 
     @classmethod
     def of(cls, memory: Any) -> "RecurrentState":
-        """A state before the first token, with the zeros that are its memory."""
+        """A state before the first token, with that memory."""
         batch_size = jax.tree.leaves(memory)[0].shape[0]
         return cls(memory, jnp.zeros((batch_size,), jnp.int32))
 
@@ -38,6 +39,33 @@ class RecurrentState:
         reached = jnp.where(segment_ids > 0, jnp.arange(segment_ids.shape[1]), -1).max(axis=1)
         last = jnp.take_along_axis(segment_ids, jnp.maximum(reached, 0)[:, None], axis=1)[:, 0]
         return RecurrentState(memory, jnp.where(reached >= 0, last, self.segment_ids))
+
+
+def advance(
+    state: RecurrentState | None,
+    segment_ids: Int[Array, "B T"],
+    step: Callable[[Any], tuple[Array, Any]],
+    scan: Callable[[Any], tuple[Array, Any]],
+) -> tuple[Array, RecurrentState]:
+    """A recurrence over the tokens of a call: one at a time in decoding, else all in parallel.
+
+    Args:
+      state: the state before them; None before the first token.
+      segment_ids: of the tokens.
+      step: `memory -> (y, memory)` of the one token.
+      scan: `memory or None -> (y, memory)` of all of them.
+
+    Returns:
+      What `step` or `scan` gave, and the state after the tokens.
+    """
+    before = None if state is None else state.before(segment_ids)
+    if before is None or segment_ids.shape[1] > 1:
+        y, memory = scan(before)
+    else:
+        y, memory = step(before)
+        memory = keep(segment_ids[:, 0] > 0, memory, before)  # a padding token leaves no trace
+    earlier = RecurrentState.of(memory) if state is None else state
+    return y, earlier.after(memory, segment_ids)
 
 
 def keep(rows: Array, chosen: Any, other: Any) -> Any:

@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from effjax.mixers.recurrent_state import RecurrentState, keep
+from effjax.mixers.recurrent_state import RecurrentState, advance
 from effjax.nn import Linear, on_shards, rotary
 from effjax.registry import register
 from pallas_kernels.linear_attention import (
@@ -95,16 +95,14 @@ class TaylorLinear(nn.Module):
         k = self._features("key", x, positions)
         heads = (*x.shape[:2], self.num_heads, self.value_dim(d_model))
         v = Linear(heads[2] * heads[3], name="value")(x).reshape(heads)
-        if state is None:
-            state = self.init_state(x.shape[0], x.shape[1], d_model, x.dtype)
-            before = None
-        else:
-            before = state.before(segment_ids)
-        if before is not None and x.shape[1] == 1:
-            y, sums = self._step(q, k, v, segment_ids, before)
-        else:
-            y, sums = self._attend(q, k, v, segment_ids, before)
-        new_state = state.after(sums, segment_ids)
+        y, new_state = advance(
+            state,
+            segment_ids,
+            step=lambda sums: linear_attention_decode(
+                sums, q, k, v, feature_map=self.feature_map, eps=self.eps
+            ),
+            scan=lambda sums: self._attend(q, k, v, segment_ids, sums),
+        )
         y = y.reshape(*x.shape[:2], heads[2] * heads[3])
         return Linear(d_model, name="out")(y), new_state
 
@@ -131,10 +129,3 @@ class TaylorLinear(nn.Module):
         heads, sums = "batch _ heads _", LinearAttentionState("batch heads _ _", "batch heads _")
         attend = on_shards(attend, (heads, heads, heads, "batch _", sums), (heads, sums))
         return attend(q, k, v, segment_ids, before)
-
-    def _step(self, q, k, v, segment_ids, before):
-        """One token; a row whose token is padding keeps its sums."""
-        y, sums = linear_attention_decode(
-            before, q, k, v, feature_map=self.feature_map, eps=self.eps
-        )
-        return y, keep(segment_ids[:, 0] > 0, sums, before)
