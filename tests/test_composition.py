@@ -122,7 +122,9 @@ def test_every_pair_trains_and_is_saved_whole(chosen, tmp_path):
     )
     batch = make_batch(part["head"], seed)
     optimizer = optax.sgd(1.0)  # so that a step is the gradient
-    state = initialise(functools.partial(init_state, model, batch, optimizer, seed, ema=True))
+    state = initialise(
+        functools.partial(init_state, model, optimizer, seq_len=LENGTH, seed=seed, ema=True)
+    )
     step = make_train_step(model, objective_for(part["head"]), optimizer, ema_decay=0.9)
     after, metrics = jax.jit(step)(state, batch)
     assert all(np.isfinite(value) for value in metrics.values()), metrics

@@ -25,7 +25,7 @@ from effjax import checkpoint, data, models, optim, registry
 from effjax.training import lowering, sharding
 from effjax.training.metrics import Counts, Interval, MetricsLog
 from effjax.training.progress import Screen
-from effjax.training.state import TrainState, init_state, initialise
+from effjax.training.state import TrainState, initialise, initialiser
 from effjax.training.stopping import StopRequest
 from effjax.training.validation import Validation
 
@@ -265,16 +265,7 @@ class Run:
         self._last_arrival = time.perf_counter()
 
     def _restore_or_initialise(self) -> None:
-        config = self.config
-        tokens = np.zeros((1, config["data"]["seq_len"]), np.int32)
-        init = functools.partial(
-            init_state,
-            self.model,
-            {"tokens": tokens},
-            self._optimizer,
-            config["seed"],
-            ema=config["training"]["ema_decay"] is not None,
-        )
+        init = initialiser(self.model, self._optimizer, self.config)
         abstract = sharding.abstract_state(init, self.mesh)
         restored = self._checkpoints.restore(abstract, self._iterator)
         if restored is None:

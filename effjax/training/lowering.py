@@ -1,17 +1,15 @@
 """The program of a training step: what a run compiles, and the same for devices that need not be here."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax import data, models, optim, registry
 from effjax.training import sharding
-from effjax.training.state import TrainState, init_state
+from effjax.training.state import TrainState, initialiser
 from effjax.training.step import make_train_step
 
 
@@ -58,17 +56,8 @@ def lower_config(config: Mapping[str, Any], mesh: Mesh) -> jax.stages.Lowered:
     model, training = models.create(**config["model"]), config["training"]
     optimizer, _ = optim.build(config["optimizer"], training["num_steps"])
     objective = registry.build("objective", config["objective"])
-    tokens = np.zeros((1, config["data"]["seq_len"]), np.int32)
-    init = functools.partial(
-        init_state,
-        model.at_step(0),
-        {"tokens": tokens},
-        optimizer,
-        config["seed"],
-        ema=training["ema_decay"] is not None,
-    )
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
-        state = sharding.abstract_state(init, mesh)
+        state = sharding.abstract_state(initialiser(model, optimizer, config), mesh)
         batch = _abstract_batch(config, mesh)
         return lower(model.at_step(0), objective, optimizer, training, state, batch, mesh)
 

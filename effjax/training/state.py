@@ -1,6 +1,7 @@
 """Everything that a training run carries from one step to the next, besides the data iterator."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
@@ -40,21 +41,34 @@ def initialise(init: Callable[[], TrainState], shardings: Any = None) -> TrainSt
     return jax.jit(init, out_shardings=shardings, compiler_options=options)()
 
 
+def initialiser(
+    model, optimizer: optax.GradientTransformation, config: Mapping[str, Any]
+) -> Callable[[], TrainState]:
+    """`init_state` with its arguments bound to what a resolved config says."""
+    return functools.partial(
+        init_state,
+        model,
+        optimizer,
+        seq_len=config["data"]["seq_len"],
+        seed=config["seed"],
+        ema=config["training"]["ema_decay"] is not None,
+    )
+
+
 def init_state(
-    model, batch: dict[str, Any], optimizer: optax.GradientTransformation, seed: int, *, ema: bool
+    model, optimizer: optax.GradientTransformation, *, seq_len: int, seed: int, ema: bool
 ) -> TrainState:
     """The state before the first step; pure, so that it can be traced for shapes or jitted with shardings.
 
     Args:
       model: the model.
-      batch: one batch; only the shape of its tokens matters (`tokens`, or `query_tokens` for pairs).
       optimizer: the optimizer.
+      seq_len: tokens a row.
       seed: all randomness of the run.
       ema: whether to keep an average of the parameters.
     """
     init_key, rng = jax.random.split(jax.random.key(seed))
-    tokens = batch["tokens"] if "tokens" in batch else batch["query_tokens"]
-    params = model.init(init_key, jnp.zeros((1, tokens.shape[1]), jnp.int32))["params"]
+    params = model.init(init_key, jnp.zeros((1, seq_len), jnp.int32))["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

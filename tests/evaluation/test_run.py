@@ -1,5 +1,6 @@
 """Evaluation of whole runs, with real data, models and checkpoints; only the training is left out."""
 
+import functools
 import itertools
 import json
 import os
@@ -46,8 +47,8 @@ def save_run(config, workdir, steps=(3,)):
 
 
 def state_of(model, seed):
-    batch = {"tokens": np.zeros((1, 64), np.int32)}
-    return jax.jit(lambda: init_state(model, batch, optax.sgd(0.1), seed, ema=False))()
+    init = functools.partial(init_state, model, optax.sgd(0.1), seq_len=64, seed=seed, ema=False)
+    return jax.jit(init)()
 
 
 @pytest.fixture(scope="module")

@@ -76,8 +76,9 @@ def losses(model, name, mesh_sizes, seed, steps=STEPS):
     objective = registry.build("objective", objective_of(name))
     schedule = {"name": "constant", "peak": 1e-3}
     optimizer, _ = optim.build(optim.spec("adamw", schedule=schedule), STEPS)
-    first = next(batches(name, seed))
-    init = functools.partial(init_state, model, first, optimizer, seed % 1000, ema=False)
+    init = functools.partial(
+        init_state, model, optimizer, seq_len=LENGTH, seed=seed % 1000, ema=False
+    )
     shardings = sharding.state_shardings(jax.eval_shape(init), mesh)
     rows = sharding.batch_sharding(mesh)
     found = []

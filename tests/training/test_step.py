@@ -53,7 +53,7 @@ def test_accumulation_is_the_update_of_the_whole_batch(count, seed):
     """Even though the micro-batches have different numbers of targets."""
     optimizer = optax.sgd(0.5)
     batch = make_batch(seed)
-    state = init_state(MODEL, batch, optimizer, 0, ema=False)
+    state = init_state(MODEL, optimizer, seq_len=8, seed=0, ema=False)
     whole, expected = jax.jit(make_train_step(MODEL, next_token, optimizer))(state, batch)
     parts, found = jax.jit(make_train_step(MODEL, next_token, optimizer, accumulation_steps=count))(
         state, batch
@@ -71,7 +71,7 @@ def test_accumulation_is_the_update_of_the_whole_batch(count, seed):
 def test_ema_follows_its_recurrence(seed):
     optimizer = optax.sgd(0.5)
     batch = make_batch(seed)
-    state = init_state(MODEL, batch, optimizer, 0, ema=True)
+    state = init_state(MODEL, optimizer, seq_len=8, seed=0, ema=True)
     step = jax.jit(make_train_step(MODEL, next_token, optimizer, ema_decay=0.75))
     expected = jax.tree.map(np.asarray, state.params)
     for _ in range(3):
@@ -86,7 +86,7 @@ def test_ema_follows_its_recurrence(seed):
 def test_a_step_is_a_pure_function_of_state_and_batch(seed):
     optimizer = optax.adam(1e-2)
     batch = make_batch(seed)
-    state = init_state(MODEL, batch, optimizer, seed % 100, ema=False)
+    state = init_state(MODEL, optimizer, seq_len=8, seed=seed % 100, ema=False)
     step = jax.jit(make_train_step(MODEL, next_token, optimizer))
     first, again = step(state, batch), step(state, batch)
     jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -98,7 +98,7 @@ def test_a_step_is_a_pure_function_of_state_and_batch(seed):
 def test_float32_parameters_under_bfloat16_compute(seed):
     model = MODEL.clone(dtype="bfloat16")
     batch = make_batch(seed)
-    state = init_state(model, batch, optax.sgd(0.1), 0, ema=False)
+    state = init_state(model, optax.sgd(0.1), seq_len=8, seed=0, ema=False)
     state, metrics = jax.jit(make_train_step(model, next_token, optax.sgd(0.1)))(state, batch)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
     out = model.apply(state.variables(), batch["tokens"])
