@@ -27,7 +27,7 @@ class Attention(nn.Module):
       rope_base: base of the rotary frequencies; None means no rotary embedding.
       qk_norm: RMSNorm on queries and keys of each head (Dehghani et al., 2023, arXiv 2302.05442).
       logits_soft_cap: if given, logits become cap * tanh(logits / cap).
-      implementation: of `pallas_kernels.attention`; None takes the best for the platform.
+      implementation: of `pallas_kernels.attention` and `decode_attention`; None takes the best for the platform.
     """
 
     num_heads: int = 4
@@ -108,9 +108,11 @@ class Attention(nn.Module):
                 y, new_state = self._attend_parallel(q, fresh), fresh
             else:
                 new_state = state.append(fresh)
-                # Several new tokens may push out of a ring what the first of them still has to see.
-                seen = new_state if x.shape[1] == 1 else state.concatenate(fresh)
-                y = self._attend(q, positions, segment_ids, seen)
+                if x.shape[1] == 1:
+                    y = self._decode(q, segment_ids, new_state)
+                else:
+                    # They may push out of a ring what the first of them still has to see.
+                    y = self._attend(q, positions, segment_ids, state.concatenate(fresh))
         y = y.reshape(*x.shape[:2], self.num_heads * head_dim)
         return Linear(d_model, name="out")(y), new_state
 
@@ -130,6 +132,24 @@ class Attention(nn.Module):
         return self._attention(
             q, kv.k.astype(q.dtype), kv.v.astype(q.dtype), segment_ids, positions
         )
+
+    def _decode(self, q, segment_ids, kv):
+        """One token, which is the last of its row's slots; all of them are of its segment, and in its window."""
+
+        def decode(q, k, v, lengths):
+            return pallas_kernels.decode_attention(
+                q,
+                k,
+                v,
+                lengths,
+                logits_soft_cap=self.logits_soft_cap,
+                implementation=self.implementation,
+            )
+
+        lengths = jnp.where(segment_ids[:, 0] > 0, jnp.minimum(kv.length, kv.k.shape[1]), 0)
+        heads = "batch _ heads _"
+        decode = on_shards(decode, (heads, heads, heads, "batch"), heads)
+        return decode(q, kv.k.astype(q.dtype), kv.v.astype(q.dtype), lengths)
 
     def _attention(self, q, k, v, segment_ids, positions):
         def attend(q, k, v, segment_ids, positions):

@@ -1,7 +1,8 @@
 """The decode state of attention: keys and values with the position and segment of each slot.
 
 A slot is masked by its own position and segment, so full, windowed (ring) and shared caches are one structure: a ring
-is a cache with as many slots as the window.
+is a cache with as many slots as the window. What is appended is of one segment a row, the newest: its tokens fill the
+slots from the first, which is how `pallas_kernels.decode_attention` reads them.
 """
 
 import flax.struct
@@ -18,7 +19,7 @@ class KVState:
       v: [B, S, Hkv, D] values.
       positions: [B, S] position of each slot's token within its segment.
       segment_ids: [B, S] segment of each slot's token; 0 marks an empty slot.
-      length: [B] tokens ever written to each row; the next goes to slot `length % S`.
+      length: [B] tokens of the segment written to each row; the next goes to slot `length % S`.
       frozen: whether later tokens only read (recursive KV sharing), never write.
     """
 
@@ -42,14 +43,21 @@ class KVState:
         return self.replace(frozen=True)
 
     def append(self, new: "KVState") -> "KVState":
-        """Writes the tokens of `new` (padding left out) behind those here, over the oldest slots if full."""
+        """Writes the tokens of `new` (padding left out) behind those here, over the oldest slots if full.
+
+        Where they are of other segments than the tokens here, only the last of them stays.
+        """
         num_slots = self.k.shape[1]
-        valid = new.segment_ids > 0
+        newest = newest_segment(new.segment_ids)[:, None]
+        stays = (self.segment_ids == newest) | (newest == 0)
+        old_segments = jnp.where(stays, self.segment_ids, 0)
+        old_length = jnp.where(stays.any(axis=1), self.length, 0)
+        valid = (new.segment_ids > 0) & (new.segment_ids == newest)
         order = jnp.cumsum(valid, axis=1) - 1
         count = jnp.sum(valid, axis=1)
         # Only the newest num_slots tokens survive, so that no two of them claim one slot.
         kept = valid & (order >= (count - num_slots)[:, None])
-        slot = jnp.where(kept, (self.length[:, None] + order) % num_slots, num_slots)
+        slot = jnp.where(kept, (old_length[:, None] + order) % num_slots, num_slots)
         rows = jnp.arange(self.k.shape[0])[:, None]
 
         def write(old, fresh):
@@ -59,8 +67,8 @@ class KVState:
             k=write(self.k, new.k),
             v=write(self.v, new.v),
             positions=write(self.positions, new.positions),
-            segment_ids=write(self.segment_ids, new.segment_ids),
-            length=self.length + count,
+            segment_ids=write(old_segments, new.segment_ids),
+            length=old_length + count,
         )
 
     def concatenate(self, new: "KVState") -> "KVState":
@@ -72,3 +80,9 @@ class KVState:
             positions=join(self.positions, new.positions),
             segment_ids=join(self.segment_ids, new.segment_ids),
         )
+
+
+def newest_segment(segment_ids: Int[Array, "B T"]) -> Int[Array, " B"]:
+    """The segment of each row's last token, 0 where it has none."""
+    last = jnp.where(segment_ids > 0, jnp.arange(segment_ids.shape[1]), -1).max(axis=1)
+    return jnp.take_along_axis(segment_ids, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]

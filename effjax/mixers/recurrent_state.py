@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from effjax.mixers.kv_state import newest_segment
+
 
 @flax.struct.dataclass
 class RecurrentState:
@@ -36,9 +38,8 @@ class RecurrentState:
 
     def after(self, memory: Any, segment_ids: Int[Array, "B T"]) -> "RecurrentState":
         """The state with the memory that those tokens left behind."""
-        reached = jnp.where(segment_ids > 0, jnp.arange(segment_ids.shape[1]), -1).max(axis=1)
-        last = jnp.take_along_axis(segment_ids, jnp.maximum(reached, 0)[:, None], axis=1)[:, 0]
-        return RecurrentState(memory, jnp.where(reached >= 0, last, self.segment_ids))
+        last = newest_segment(segment_ids)
+        return RecurrentState(memory, jnp.where(last > 0, last, self.segment_ids))
 
 
 def advance(

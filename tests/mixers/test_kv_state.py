@@ -40,20 +40,25 @@ def assert_holds(state, b, history):
 
 
 @pytest.mark.parametrize("num_slots", [1, 3, 8, 50])
-def test_append_keeps_the_newest_tokens_and_skips_padding(rng, num_slots):
+def test_append_keeps_the_newest_tokens_of_the_newest_segment(rng, num_slots):
+    """Padding is left out, and a token is where `decode_attention` looks for it."""
     rows = 3
     state = KVState.empty(rows, num_slots, HEADS, HEAD_DIM, "float32")
     history = [[] for _ in range(rows)]
     append = jax.jit(KVState.append)
     for time in (4, 1, 9, 1, 1, 4):  # 9 overruns a ring of 8 within one append
-        segment_ids = rng.integers(4, size=(rows, time))
+        segment_ids = rng.choice([0, 1, 1, 2], size=(rows, time))
         new = tokens_of(rng, segment_ids)
         state = append(state, new)
         for b, t in np.argwhere(segment_ids > 0):
-            history[b].append(token(new, b, t))
+            if segment_ids[b, t] == segment_ids[b][segment_ids[b] > 0][-1]:
+                history[b].append((segment_ids[b, t], token(new, b, t)))
         for b in range(rows):
-            assert_holds(state, b, history[b])
+            history[b] = [entry for entry in history[b] if entry[0] == history[b][-1][0]]
+            assert_holds(state, b, [of_token for _, of_token in history[b]])
             assert state.length[b] == len(history[b])
+            filled = min(len(history[b]), num_slots)
+            assert (state.segment_ids[b, :filled] > 0).all()
 
 
 def test_padding_leaves_a_row_as_it_was(rng):
