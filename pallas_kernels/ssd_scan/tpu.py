@@ -93,9 +93,14 @@ def _blocks(x, B, chunk_size):
 
 
 def _sums(x, size: int, *, reverse: bool = False):
-    """Sums along the last axis from the beginning, or with `reverse` the end, of each `size` tokens."""
+    """Sums along the last axis from the beginning, or with `reverse` the end, of each `size` tokens.
+
+    By a product with ones: XLA's own cumulative sum takes more cycles on TPU than the kernels around it.
+    """
+    ones = jnp.ones((size, size), x.dtype)
+    ones = jnp.tril(ones) if reverse else jnp.triu(ones)
     by_size = x.reshape(*x.shape[:-1], -1, size)
-    return jax.lax.cumsum(by_size, axis=by_size.ndim - 1, reverse=reverse).reshape(x.shape)
+    return jnp.einsum("...s,st->...t", by_size, ones, precision="highest").reshape(x.shape)
 
 
 def segment_rows(reset, chunk: int):
