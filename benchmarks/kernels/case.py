@@ -47,6 +47,7 @@ class Case:
         make_inputs: (key, dtype) -> arrays by name.
         contenders: what competes.
         work: the least work of a pass, by its name; the passes that are measured.
+        stored: names of inputs that stay as they are between calls; around the others are projections.
     """
 
     op: str
@@ -54,6 +55,7 @@ class Case:
     make_inputs: Callable[[jax.Array, jnp.dtype], dict[str, jax.Array]]
     contenders: tuple[Contender, ...]
     work: Mapping[str, Work]
+    stored: tuple[str, ...] = ()
 
 
 def implementations(
@@ -81,7 +83,7 @@ def implementations(
 
 
 def program(case: Case, contender: Contender, measured: str) -> Callable:
-    """The function of a pass, of the inputs and the gradient of the output, both of which it takes as arrays.
+    """The function of a pass, of inputs and the gradient of the output as `flat` makes them; so it returns its results.
 
     Args:
         case: what is computed.
@@ -95,9 +97,27 @@ def program(case: Case, contender: Contender, measured: str) -> Callable:
     def both(inputs, d_out):
         floats = {name: x for name, x in inputs.items() if jnp.issubdtype(x.dtype, jnp.floating)}
         out, pull = jax.vjp(lambda floats: contender.function(**(inputs | floats)), floats)
-        return out, pull(d_out)
+        return out, pull(d_out.reshape(out.shape))
 
-    return {FORWARD: forward, BOTH: both}[measured]
+    def run(inputs, d_out):
+        whole = {name: x.reshape(like[name].shape) for name, x in inputs.items()}
+        return side_by_side({FORWARD: forward, BOTH: both}[measured](whole, d_out))
+
+    like = shapes(case, jnp.float32)
+    return run
+
+
+def flat(case: Case, inputs: dict) -> dict:
+    """Inputs as the projections before an op leave them."""
+    return {name: x if name in case.stored else side_by_side(x) for name, x in inputs.items()}
+
+
+def side_by_side(arrays):
+    """[B, T, H, D] -> [B, T, H * D], as the projections around an op leave and take them.
+
+    Else a program would begin and end with copies to and from the layout that XLA likes best for [B, T, H, D].
+    """
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1) if x.ndim == 4 else x, arrays)
 
 
 def shapes(case: Case, dtype) -> dict[str, jax.ShapeDtypeStruct]:

@@ -5,6 +5,7 @@ one argument is a `schedules.Job` in JSON.
 """
 
 import dataclasses
+import functools
 import json
 import re
 import sys
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.kernels.bundles import Kernel, read_kernel
-from benchmarks.kernels.case import Case, Contender, out_shape, program, shapes
+from benchmarks.kernels.case import Case, Contender, flat, out_shape, program, shapes, side_by_side
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.schedules import BUNDLES, UTILIZATION, Job
 from pallas_kernels import topology
@@ -49,6 +50,8 @@ def _schedule(job: Job, case: Case, contender: Contender, measured: str) -> dict
     inputs = shapes(case, jnp.bfloat16)
     with jax.set_mesh(topology.mesh(job.chip)):
         d_out = out_shape(contender, inputs)
+    inputs = jax.eval_shape(functools.partial(flat, case), inputs)
+    d_out = jax.eval_shape(side_by_side, d_out)
     compiled = topology.compile_for(job.chip, program(case, contender, measured), inputs, d_out)
     vmem = _vmem_of_kernels(compiled.as_text())
     ops = {op.name: op for op in _ops(Path(job.dump))}

@@ -6,7 +6,7 @@ import time
 
 import jax
 
-from benchmarks.kernels.case import Case, Contender, out_shape, program
+from benchmarks.kernels.case import Case, Contender, flat, out_shape, program, side_by_side
 
 _SECONDS = 1.0
 _FEWEST, _MOST = 3, 30
@@ -33,6 +33,7 @@ def measure(case: Case, contender: Contender, measured: str, dtype) -> Timing:
     inputs = case.make_inputs(keys[0], dtype)
     out = out_shape(contender, inputs)
     d_out = jax.random.normal(keys[1], out.shape, out.dtype)
+    inputs, d_out = flat(case, inputs), side_by_side(d_out)
     run = jax.jit(program(case, contender, measured))
     jax.block_until_ready(run(inputs, d_out))
     seconds = []

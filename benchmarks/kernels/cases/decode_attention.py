@@ -28,6 +28,7 @@ def _case(batch: int, cache: int, heads: int, kv_heads: int, dim: int) -> Case:
         op="decode_attention",
         shape=f"[{batch}, 1, {heads}, {dim}], cache {cache} of {kv_heads} heads",
         make_inputs=make_inputs,
+        stored=("k_cache", "v_cache"),
         contenders=(
             *implementations(decode_attention, OPS["decode_attention"]),
             Contender("jax.nn", _dot_product_attention, has_schedule=True),
