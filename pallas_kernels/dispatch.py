@@ -7,6 +7,7 @@ implementation that cannot run here is an error: there is no silent fallback.
 
 import dataclasses
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -64,22 +65,46 @@ class Implementation:
         return self.platforms is None or platform in self.platforms
 
 
-def kernels_or_xla(tpu: ModuleType, xla: ModuleType, reference: ModuleType, op: str) -> dict:
+def kernels_or_xla(
+    tpu: ModuleType,
+    xla: ModuleType,
+    reference: ModuleType,
+    op: str,
+    gpu: str | None = None,
+) -> dict[str, Implementation]:
     """The table of an op with kernels for TPU: those, XLA elsewhere, the reference, and the kernels interpreted.
 
     Args:
         tpu: module with the kernels, the function `op`, which takes `interpret`, and `refuses`.
         xla, reference: modules with the function `op`.
         op: name of the function.
+        gpu: name of a module like `tpu`, where there are kernels for GPU; it is imported when it is used, because their
+            part of Pallas takes twice as long to import as this package.
     """
-    kernels = getattr(tpu, op)
-    interpreted = functools.partial(kernels, interpret=True)
-    return {
-        "tpu": Implementation(kernels, platforms=("tpu",), refuses=tpu.refuses),
-        "xla": Implementation(getattr(xla, op)),
-        "reference": Implementation(getattr(reference, op)),
-        "tpu_interpret": Implementation(interpreted, automatic=False, refuses=tpu.refuses),
-    }
+    table = {"tpu": Implementation(getattr(tpu, op), platforms=("tpu",), refuses=tpu.refuses)}
+    if gpu is not None:
+        # Not yet run or timed on a GPU, only interpreted and compiled for one, so that it has to be named.
+        table["gpu"] = Implementation(
+            _later(gpu, op), platforms=("gpu",), automatic=False, refuses=_later(gpu, "refuses")
+        )
+    table["xla"] = Implementation(getattr(xla, op))
+    table["reference"] = Implementation(getattr(reference, op))
+    for name in ("tpu", "gpu"):
+        if name in table:
+            interpreted = functools.partial(table[name].function, interpret=True)
+            table[f"{name}_interpret"] = dataclasses.replace(
+                table[name], function=interpreted, platforms=None, automatic=False
+            )
+    return table
+
+
+def _later(module: str, name: str) -> Callable:
+    """The function `name` of a module that its first call imports."""
+
+    def function(*arguments, **options):
+        return getattr(importlib.import_module(module), name)(*arguments, **options)
+
+    return function
 
 
 def select(

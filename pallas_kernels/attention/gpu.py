@@ -1,0 +1,170 @@
+"""Attention for NVIDIA Hopper (Pallas, Mosaic GPU): the forward kernel, and the custom VJP around it and the backward.
+
+Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1, with one warpgroup that copies and two that compute (Shah et
+al., "FlashAttention-3", arXiv 2407.08608, algorithm 1): while one of the two is at its exponentials, the tensor cores
+are free for the products of the other.
+
+Of WGMMA the kernels use what Pallas' interpreter runs, so that all of them is proven without a GPU: operands in shared
+memory, also the weights, and sums that begin at 0 and are added to those of the tiles before.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import gpu_backward, gpu_ring, gpu_tile, visits
+from pallas_kernels.attention.blocks import Blocks
+from pallas_kernels.attention.gpu_ring import WARPGROUPS
+from pallas_kernels.attention.gpu_tile import BLOCK, ROWS, Spec
+from pallas_kernels.attention.mask import Mask, Tokens
+from pallas_kernels.dispatch import target
+from pallas_kernels.varying import vary_alike
+
+LARGEST_HEAD_DIM = 128
+# The chips with `wgmma`, as their device kinds say.
+HOPPER = ("H100", "H200", "H800", "H20", "GH200")
+# Keys of a tile: two tiles of k and of v, the queries and the weights are 192 KiB of shared memory at the largest head.
+KEYS = 128
+# Below any logit, and finite: the difference of two of them is 0.
+LOWEST = -1e30
+
+
+def refuses(q, k, v, queries, keys, *, mask, scale, logits_soft_cap) -> str | None:
+    """What the kernel cannot do with these arguments or on this GPU, or None."""
+    platform, kind = target()
+    if platform == "gpu" and not set(HOPPER) & set(kind.split()):
+        return f"device kind {kind!r}; it is for Hopper: {', '.join(HOPPER)}"
+    if q.dtype != jnp.bfloat16:
+        return f"dtype {q.dtype}; it takes bfloat16"
+    head_dim = max(q.shape[3], v.shape[3])
+    if head_dim > LARGEST_HEAD_DIM:
+        return f"head_dim {head_dim}; it takes up to {LARGEST_HEAD_DIM}"
+    return None
+
+
+def attention(
+    q,
+    k,
+    v,
+    queries: Tokens,
+    keys: Tokens,
+    *,
+    mask: Mask,
+    scale,
+    logits_soft_cap,
+    interpret=False,
+):
+    """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`; see the package for the arguments.
+
+    `interpret`: True or a `plgpu.InterpretGPUParams` to run without a GPU. The interpreter has side effects, with which
+    JAX refuses `jax.checkpoint` and `jax.shard_map`; the compiled kernel has none.
+    """
+    if isinstance(interpret, bool):
+        interpret = plgpu.InterpretGPUParams() if interpret else None
+    has_tokens = queries.segment is not None or (mask.causal and not mask.is_ordered)
+    spec = Spec(mask, scale, logits_soft_cap, has_tokens, interpret)
+    return _attention(spec, *vary_alike((q, k, v, queries, keys)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(spec, q, k, v, queries, keys):
+    return _forward(spec, q, k, v, queries, keys)[0]
+
+
+def _forward(spec, q, k, v, queries, keys):
+    tokens = gpu_tile.token_arrays(spec, queries, keys, BLOCK, KEYS)
+    width = gpu_tile.width(q, v)
+    padded_q = gpu_tile.pad_heads(q, BLOCK, width)
+    padded_k, padded_v = (gpu_tile.pad_heads(x, KEYS, width) for x in (k, v))
+    batch, length, heads, _ = padded_q.shape
+    table = gpu_tile.ranges(*visits.by_queries(spec.mask, Blocks(BLOCK, KEYS), spec.has_tokens))
+    out, lse = gpu_tile.call(
+        spec,
+        functools.partial(_kernel, spec),
+        (table, padded_q, padded_k, padded_v, *tokens),
+        out=(
+            (padded_q.shape, v.dtype),
+            ((batch, heads, length), jnp.float32),
+        ),
+        scratch=(
+            plgpu.SMEM((WARPGROUPS, ROWS, width), q.dtype),
+            plgpu.Barrier(num_barriers=WARPGROUPS),
+            plgpu.SMEM((WARPGROUPS, ROWS, KEYS), v.dtype),
+            gpu_ring.ring(
+                ((KEYS, width), k.dtype),
+                ((KEYS, width), v.dtype),
+                *(((x.shape[1], KEYS), x.dtype) for x in tokens[1:]),
+            ),
+        ),
+        grid=(batch, heads, length // BLOCK),
+        name="attention_forward",
+    )
+    out = out[:, : q.shape[1], :, : v.shape[3]]
+    lse = lse[:, :, : q.shape[1]].swapaxes(1, 2)
+    return (out, lse), (q, k, v, queries, keys, out, lse)
+
+
+_attention.defvjp(_forward, gpu_backward.backward)
+
+
+def _kernel(spec: Spec, table, q, k, v, *rest):
+    """A block: the queries [BLOCK, D] of a head, k [Tk, D], v [Tk, Dv] -> out [BLOCK, Dv], lse [BLOCK]."""
+    *tokens, out, lse, q_tiles, q_filled, weight_tiles, ring = rest
+    batch, head, index = (jax.lax.axis_index(name) for name in gpu_tile.AXES)
+    # Causal rows are the longer the later they are, and the longest begin first.
+    block = table.shape[0] - 1 - index
+    visited = gpu_tile.load_visited(table, block)
+    num_tiles = visited.stop - visited.first
+
+    def compute(warpgroup):
+        start = block * BLOCK + warpgroup * ROWS
+        rows = pl.ds(start, ROWS)
+        q_tile, weight_tile = q_tiles.at[warpgroup], weight_tiles.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q.at[batch, rows, head], q_tile, q_filled.at[warpgroup])
+        query = start
+        if tokens:
+            query = gpu_tile.load_tokens(gpu_tile.of_batch(tokens[0], batch, start, ROWS), 0)
+        plgpu.barrier_wait(q_filled.at[warpgroup])
+
+        def accumulate(i, pieces, carry):
+            values, total, highest = carry
+            k_tile, v_tile, *key_tokens = pieces
+            tile = visited.first + i
+            key = gpu_tile.load_tokens(key_tokens[0], 1) if tokens else tile * KEYS
+            logits = gpu_tile.base2_logits(spec, gpu_tile.product(q_tile, k_tile.T))
+            logits = gpu_tile.where_allowed(
+                spec, logits, -jnp.inf, query, key, visited.is_full(tile), queries_axis=0
+            )
+            now = jnp.maximum(highest, logits.max(axis=1))
+            weights = jnp.exp2(logits - gpu_tile.along(now, logits.shape, 0))
+            rescale = jnp.exp2(highest - now)
+            gpu_ring.stage((weights, weight_tile))
+            values *= gpu_tile.along(rescale, values.shape, 0)
+            values += gpu_tile.product(weight_tile, v_tile)
+            return values, total * rescale + weights.sum(axis=1), now
+
+        nothing = gpu_tile.zeros(ROWS)
+        carry = (gpu_tile.zeros(ROWS, v.shape[3]), nothing, nothing + LOWEST)
+        values, total, highest = ring.fold(num_tiles, accumulate, carry)
+        # A row that sees nothing has total 0: out 0, lse -inf.
+        divisor = gpu_tile.along(jnp.where(total == 0, 1, total), values.shape, 0)
+        lse[batch, head, rows] = highest * (1 / gpu_tile.LOG2_E) + jnp.log(total)
+        gpu_ring.write_tile(values / divisor, q_tile, out.at[batch, rows, head])
+
+    def copy():
+        kv_head = jax.lax.div(head, q.shape[2] // k.shape[2])
+
+        def pieces(i):
+            start = (visited.first + i) * KEYS
+            rows = pl.ds(start, KEYS)
+            yield k.at[batch, rows, kv_head]
+            yield v.at[batch, rows, kv_head]
+            for x in tokens[1:]:
+                yield gpu_tile.of_batch(x, batch, start, KEYS)
+
+        ring.fill(num_tiles, pieces)
+
+    gpu_ring.run_roles(compute, copy)

@@ -1,0 +1,245 @@
+"""What the forward and backward GPU kernels share: static specification, one tile of logits, layouts, and the call.
+
+Arrays stay as they are in HBM, [B, T, H, D], with time padded to whole tiles and D to whole rows of 128 bytes.
+Logits are in base 2, whose exponential the hardware has.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.attention import visits
+from pallas_kernels.attention.gpu_ring import WARPGROUPS
+from pallas_kernels.attention.mask import PADDING, Mask, Tokens
+from pallas_kernels.varying import vary_alike
+
+LOG2_E = math.log2(math.e)
+# Rows of a warpgroup, what one `wgmma` takes, and of a block.
+ROWS = 64
+BLOCK = WARPGROUPS * ROWS
+# Entries of a head that a padded row has a multiple of: 128 bytes, the widest swizzle of shared memory.
+HEAD_MULTIPLE = 64
+# Axes of the grid.
+AXES = ("batch", "head", "block")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """Static arguments of the kernels.
+
+    Attributes:
+        mask: static part of the mask.
+        scale: factor on the logits.
+        logits_soft_cap: c of c tanh(logits / c), or None.
+        has_tokens: positions or segments come as arrays; else position is index.
+        interpret: what `plgpu.kernel` takes: None, or a `plgpu.InterpretGPUParams`.
+    """
+
+    mask: Mask
+    scale: float
+    logits_soft_cap: float | None
+    has_tokens: bool
+    interpret: Any
+
+
+# One tile.
+
+
+def products(*pairs) -> list:
+    """x · y of each pair of tiles in shared memory, in registers and float32."""
+
+    def multiply(*sums):
+        for total, (x, y) in zip(sums, pairs, strict=True):
+            plgpu.wgmma(total, x, y)
+        return [total[...] for total in sums]
+
+    shapes = [(x.shape[0], y.shape[1]) for x, y in pairs]
+    return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def product(x, y):
+    """x · y of two tiles in shared memory, in registers and float32."""
+    return products((x, y))[0]
+
+
+def along(vector, shape, axis: int):
+    """A vector along `axis` of a tile, the same over the other."""
+    return jax.lax.broadcast_in_dim(vector, shape, [axis])
+
+
+def load_vector(ref, axis: int):
+    """Vector in HBM or shared memory -> registers, as the entries along `axis` of a tile lie there."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+
+
+def zeros(*shape):
+    """Sums of a tile, or of its rows, in float32."""
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def base2_logits(spec: Spec, products):
+    """Products q · k -> logits times log2(e), soft cap included."""
+    if spec.logits_soft_cap is None:
+        return products * (spec.scale * LOG2_E)
+    cap = spec.logits_soft_cap
+    # The instruction for tanh is good to 11 bits only: tanh x = 1 - 2 / (e^2x + 1).
+    powers = jnp.exp2(products * (2 * LOG2_E * spec.scale / cap))
+    return (cap * LOG2_E) - (2 * cap * LOG2_E) / (powers + 1)
+
+
+def soft_cap_slope(spec: Spec, logits):
+    """d capped / d uncapped = 1 - tanh², from the capped base-2 logits."""
+    tanh = logits * (1 / (spec.logits_soft_cap * LOG2_E))
+    return 1 - tanh * tanh
+
+
+def where_allowed(spec: Spec, x, fill: float, query, key, is_full, *, queries_axis: int):
+    """A tile with `fill` where a query does not see a key.
+
+    Args:
+        spec: the specification.
+        x: the tile, [queries, keys] or [keys, queries].
+        fill: value of the others.
+        query: index of the first query of the tile; with tokens, `Tokens` of vectors.
+        key: likewise.
+        is_full: whether the static mask allows all of the tile.
+        queries_axis: 0 for a tile [queries, keys], 1 for [keys, queries].
+    """
+
+    def mask(x):
+        if spec.has_tokens:
+            queries, keys = (
+                jax.tree.map(lambda vector, axis=axis: along(vector, x.shape, axis), tokens)
+                for tokens, axis in ((query, queries_axis), (key, 1 - queries_axis))
+            )
+        else:
+            index = functools.partial(
+                plgpu.broadcasted_iota, jnp.int32, x.shape, layout=plgpu.Layout.WGMMA
+            )
+            queries = Tokens(index(queries_axis) + (query + spec.mask.offset), None)
+            position = index(1 - queries_axis) + key
+            keys = Tokens(jnp.where(position < spec.mask.num_keys, position, PADDING), None)
+        return jnp.where(spec.mask.allowed(queries, keys), x, fill)
+
+    return mask(x) if spec.has_tokens else jax.lax.cond(is_full, lambda x: x, mask, x)
+
+
+def load_tokens(ref, axis: int) -> Tokens:
+    """int32 [1 or 2, T] -> the vectors of positions and, if any, of segments along `axis` of a tile."""
+    return Tokens(
+        load_vector(ref.at[0], axis), load_vector(ref.at[1], axis) if ref.shape[0] == 2 else None
+    )
+
+
+# Which tiles a block visits.
+
+
+class Visited(NamedTuple):
+    """The tiles [first, stop) that a block visits, of which [first_full, stop_full) need no mask."""
+
+    first: jax.Array
+    stop: jax.Array
+    first_full: jax.Array
+    stop_full: jax.Array
+
+    def is_full(self, tile):
+        """Whether the static mask allows all of a visited tile."""
+        return (tile >= self.first_full) & (tile < self.stop_full)
+
+
+def ranges(outer, inner, kind) -> np.ndarray:
+    """`visits.Visits`, here with the blocks' side first -> int32 [blocks, 4], the entries of `Visited` of each."""
+    rows = []
+    for block in range(outer.max() + 1):
+        visited = inner[(outer == block) & (kind & visits.EMPTY == 0)]
+        full = inner[(outer == block) & (kind & (visits.EMPTY | visits.MASKED) == 0)]
+        # What a row sees lies together, and so do the tiles of which all rows see everything.
+        rows.append([bound for x in (visited, full) for bound in _bounds(x)])
+    return np.array(rows, np.int32)
+
+
+def _bounds(tiles) -> tuple[int, int]:
+    return (tiles.min(), tiles.max() + 1) if tiles.size else (0, 0)
+
+
+def load_visited(table, block) -> Visited:
+    """Reads what `ranges` wrote."""
+    return Visited(*(table[block, i] for i in range(4)))
+
+
+# Layouts in HBM and the call.
+
+
+def pad_time(x, block: int, fill=0):
+    """[B, T, ...] with T a multiple of `block`."""
+    return jnp.pad(
+        x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2), constant_values=fill
+    )
+
+
+def width(q, v) -> int:
+    """Entries of a padded head of q, k, v and the output."""
+    return -(-max(q.shape[3], v.shape[3]) // HEAD_MULTIPLE) * HEAD_MULTIPLE
+
+
+def pad_heads(x, block: int, width: int):
+    """[B, T, H, D] with T a multiple of `block`, and D = `width`."""
+    return jnp.pad(pad_time(x, block), [(0, 0)] * 3 + [(0, width - x.shape[3])])
+
+
+def token_arrays(spec: Spec, queries: Tokens, keys: Tokens, q_block: int, k_block: int) -> list:
+    """Positions and segments, if any, of queries and of keys as two int32 [B or 1, 1 or 2, T padded]."""
+    if not spec.has_tokens:
+        return []
+
+    def stack(tokens, block, padding):
+        position = pad_time(tokens.position, block, padding)
+        if tokens.segment is None:
+            return position[:, None]
+        segment = pad_time(tokens.segment, block)
+        return jnp.stack([jnp.broadcast_to(position, segment.shape), segment], axis=1)
+
+    return [stack(queries, q_block, 0), stack(keys, k_block, PADDING)]
+
+
+def of_batch(tokens, batch, start, length: int):
+    """The tokens [start, start + length) of a row of `token_arrays`, whose batch may be 1."""
+    return tokens.at[batch if tokens.shape[0] > 1 else 0, :, pl.ds(start, length)]
+
+
+def call(spec: Spec, kernel, arguments, out, scratch, grid, name: str):
+    """Runs `kernel(*references)` over the grid (B, heads, blocks).
+
+    The hardware counts the last axis fastest: blocks of the same head run together, and share k and v in its L2 cache.
+
+    Args:
+        spec: the specification.
+        kernel: takes references to the arguments, to the outputs and to the scratch.
+        arguments: arrays.
+        out: (shape, dtype) of the outputs.
+        scratch: a sequence of types.
+        grid: sizes of the axes "batch", "head" and "block".
+        name: name of the kernel.
+    """
+    results = plgpu.kernel(
+        kernel,
+        out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out),
+        scratch_types=scratch,
+        grid=grid,
+        grid_names=AXES,
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=spec.interpret,
+        kernel_name=name,
+    )(*arguments)
+    # Pallas does not say over which mesh axes they vary.
+    return vary_alike((results, arguments))[0]

@@ -1,0 +1,301 @@
+"""The GPU kernels of attention: interpreted against the reference in float64, compiled for a GPU that is not here.
+
+No test here runs on a GPU: interpreted are the semantics, with every copy, barrier and race; compiled, down to machine
+code, is what an H100 would run.
+"""
+
+import functools
+import importlib.util
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from proof import assert_close, relative_error
+from test_attention_kernel import random_inputs, random_segments
+
+from pallas_kernels import attention
+from pallas_kernels.attention import IMPLEMENTATIONS, gpu, gpu_tile, visits
+from pallas_kernels.attention.blocks import Blocks
+from pallas_kernels.attention.mask import PADDING, Mask, Tokens
+from pallas_kernels.dispatch import Implementation
+
+# The backend asks for a GPU before it registers, unless told that programs are only compiled.
+os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+needs_cuda_plugin = pytest.mark.skipif(
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
+    reason="NOT PROVEN FOR GPU: the CUDA plugin of JAX is not installed (pip install 'jax[cuda13]')",
+)
+# What the compiler has to know of an H100, as XLA's GPU target description.
+H100 = """
+gpu_device_info {
+  name: "NVIDIA H100 80GB HBM3"
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
+  threads_per_block_limit: 1024 threads_per_core_limit: 2048 threads_per_warp: 32
+  registers_per_block_limit: 65536 registers_per_core_limit: 65536
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
+  device_memory_size: 84942979072 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+# [B, Tq, Tk, H, Hkv] and options. The interpreter takes its time by blocks of 128 rows, whatever they hold.
+CASES = {
+    "causal, grouped heads": ((1, 210, 210, 2, 1), {}),
+    "window and segments": ((1, 200, 200, 1, 1), {"window": 65, "segments": True}),
+    "window": ((1, 200, 300, 1, 1), {"window": 40, "scale": -0.3}),
+    "bidirectional, soft cap": ((1, 70, 200, 1, 1), {"causal": False, "logits_soft_cap": 2.0}),
+    "bidirectional, segments": ((2, 70, 120, 1, 1), {"causal": False, "segments": True}),
+    "more queries than keys": ((1, 240, 90, 1, 1), {}),
+    "positions in any order": ((1, 140, 70, 1, 1), {"positions": True, "segments": True}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_with_every_gradient_equals_float64(rng, case):
+    (batch, num_queries, num_keys, heads, kv_heads), options = CASES[case]
+    inputs, cotangents = random_inputs(rng, batch, num_queries, num_keys, heads, kv_heads)
+    options = dict(options)
+    if options.pop("segments", False):
+        options["segment_ids"] = tuple(
+            random_segments(rng, batch, length) for length in (num_queries, num_keys)
+        )
+    if options.pop("positions", False):
+        options["positions"] = tuple(
+            rng.integers(0, 100, (batch, length)) for length in (num_queries, num_keys)
+        )
+
+    def make_function(implementation):
+        def function(q, k, v):
+            out, lse = attention(q, k, v, **options, return_lse=True, implementation=implementation)
+            return {"out": out, "lse": lse}
+
+        return function
+
+    assert_close(make_function, inputs, cotangents, "bfloat16", "gpu_interpret")
+
+
+def with_gradients(options, implementation="gpu_interpret"):
+    """A function of q, k, v: out, lse and the gradients of a sum over both, in which every row counts."""
+
+    def loss(q, k, v):
+        out, lse = attention(q, k, v, **options, return_lse=True, implementation=implementation)
+        seen = jnp.where(jnp.isfinite(lse), lse, 0)
+        return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(jnp.sin(seen)), (out, lse)
+
+    return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+
+
+def random_arrays(rng, *lengths, **dims):
+    inputs, _ = random_inputs(rng, *lengths, **dims)
+    return [jnp.asarray(x, jnp.bfloat16) for x in inputs.values()]
+
+
+def assert_close_to_xla(got, function, arrays):
+    """Against the xla implementation in float32 on the same values."""
+    want = function(*(x.astype(jnp.float32) for x in arrays))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(x.astype(jnp.float32), y) < 1e-2
+
+
+@pytest.fixture
+def race_detector(monkeypatch):
+    """Memory starts as NaN, and the interpreter raises where two accesses have no barrier between them."""
+    params = plgpu.InterpretGPUParams(detect_races=True)
+    checked = Implementation(functools.partial(gpu.attention, interpret=params), automatic=False)
+    monkeypatch.setitem(IMPLEMENTATIONS, "gpu_checked", checked)
+
+
+def test_no_race_in_the_forward_with_more_tiles_than_a_ring_holds(rng, race_detector):
+    arrays = random_arrays(rng, 1, 70, 260, 1, 1, dim=70, value_dim=40)
+    segment_ids = tuple(random_segments(rng, 1, length) for length in (70, 260))
+
+    def function(implementation):
+        return jax.jit(
+            functools.partial(attention, segment_ids=segment_ids, implementation=implementation)
+        )
+
+    assert_close_to_xla(function("gpu_checked")(*arrays), function("xla"), arrays)
+
+
+def test_no_race_in_the_backward_with_more_tiles_than_a_ring_holds(rng, race_detector):
+    arrays = random_arrays(rng, 1, 140, 140, 1, 1)
+    got = jax.jit(with_gradients({}, "gpu_checked"))(*arrays)
+    assert_close_to_xla(got, jax.jit(with_gradients({}, "xla")), arrays)
+
+
+def test_rows_that_see_nothing_give_zero_and_finite_gradients(rng):
+    arrays = random_arrays(rng, 1, 120, 120, 1, 1)
+    segment_ids = jnp.asarray(np.arange(120) // 60, jnp.int32)[None]  # the first half is padding
+    gradients, (out, lse) = jax.jit(with_gradients({"segment_ids": segment_ids}))(*arrays)
+    assert np.all(out[:, :60] == 0) and np.all(np.isneginf(lse[:, :60]))
+    assert np.all(np.isfinite(out)) and np.all(np.isfinite(lse[:, 60:]))
+    for gradient in gradients:
+        assert np.all(np.isfinite(gradient))
+        assert np.all(gradient[:, :60] == 0) and np.any(gradient[:, 60:] != 0)
+
+
+def test_tiles_outside_of_the_mask_are_never_visited(rng):
+    """What a tile multiplies by 0 would still turn into NaN."""
+    q, k, v = random_arrays(rng, 1, 128, 512, 1, 1)
+    # The first query sees keys 355..384.
+    k, v = k.at[:, :256].set(jnp.nan), v.at[:, :256].set(jnp.nan)
+    (dq, dk, dv), (out, _) = jax.jit(with_gradients({"window": 30}))(q, k, v)
+    assert np.all(np.isfinite(out)) and np.all(np.isfinite(dq))
+    assert np.all(dk[:, :256] == 0) and np.all(dv[:, :256] == 0)
+
+
+@pytest.mark.parametrize("order", [visits.by_queries, visits.by_keys])
+def test_ranges_are_the_tiles_that_hold_something(rng, order):
+    for _ in range(100):
+        num_queries, num_keys = rng.integers(1, 40, 2).tolist()
+        causal = rng.random() < 0.8
+        window = int(rng.integers(1, 30)) if causal and rng.random() < 0.6 else None
+        mask = Mask(num_queries, num_keys, causal, window, is_ordered=True)
+        lengths = Blocks(*rng.integers(1, 9, 2).tolist())
+        query, key = np.mgrid[:num_queries, : -(-num_keys // lengths.keys) * lengths.keys]
+        keys = Tokens(np.where(key < num_keys, key, PADDING), None)
+        allowed = mask.allowed(Tokens(query + mask.offset, None), keys)
+        listed = order(mask, lengths, needs_mask=False)
+        sides = (listed.query, listed.key)
+        if order is visits.by_keys:
+            allowed, lengths, sides = allowed.T, lengths[::-1], sides[::-1]
+        table = gpu_tile.ranges(*sides, listed.kind)
+        assert len(table) == -(-allowed.shape[0] // lengths[0])
+        for block, row in enumerate(table):
+            visited = gpu_tile.Visited(*row)
+            rows = allowed[block * lengths[0] :][: lengths[0]]
+            for tile in range(-(-allowed.shape[1] // lengths[1])):
+                part = rows[:, tile * lengths[1] :][:, : lengths[1]]
+                assert (visited.first <= tile < visited.stop) == part.any()
+                assert visited.is_full(tile) == part.all()
+
+
+def test_under_vmap_with_segments_of_one_batch(rng):
+    arrays = [jnp.stack([x, x[:, ::-1]]) for x in random_arrays(rng, 1, 70, 70, 1, 1)]
+    segment_ids = jnp.asarray(random_segments(rng, 1, 70), jnp.int32)
+
+    def gradients(implementation):
+        return jax.jit(jax.vmap(with_gradients({"segment_ids": segment_ids}, implementation)))
+
+    got = gradients("gpu_interpret")(*arrays)
+    assert_close_to_xla(got, gradients("xla"), arrays)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "message"),
+    [
+        ("float16", 8, "dtype float16; it takes bfloat16"),
+        ("float32", 8, "dtype float32; it takes bfloat16"),
+        ("bfloat16", 129, "head_dim 129; it takes up to 128"),
+    ],
+)
+def test_what_the_kernel_cannot_do_is_refused(dtype, dim, message):
+    q = jnp.ones((1, 4, 2, dim), dtype)
+    with pytest.raises(ValueError, match=f"implementation='gpu_interpret' cannot: {message}"):
+        attention(q, q, q, implementation="gpu_interpret")
+
+
+def test_a_gpu_that_is_no_hopper_is_refused():
+    device = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=None, platform="cuda")
+    mesh = AbstractMesh((1,), ("data",), abstract_device=device)
+    q = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.bfloat16)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match="cannot: device kind 'NVIDIA A100-SXM4-80GB'; it is for"),
+    ):
+        jax.eval_shape(functools.partial(attention, implementation="gpu"), q, q, q)
+
+
+def compile_for_h100(function, *shapes, devices: int = 1):
+    """Compiles `function` of bfloat16 arrays for absent GPUs along the mesh axis "data"."""
+    found = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{devices}"
+    )
+    mesh = Mesh(np.array(found.devices), ("data",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
+    with jax.set_mesh(mesh):
+        return jax.jit(function).lower(*arrays).compile()
+
+
+def shapes(batch, length, heads, kv_heads, dim):
+    return [(batch, length, count, dim) for count in (heads, kv_heads, kv_heads)]
+
+
+def out_and_gradients(function):
+    def both(*arrays):
+        out, pull = jax.vjp(function, *arrays)
+        return out, pull(out)
+
+    return both
+
+
+KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")
+# [B, T, H, Hkv, D] and options.
+COMPILED = {
+    "grouped heads": ((1, 4096, 8, 2, 128), {}),
+    "window, segments, soft cap": (
+        (2, 2048, 4, 4, 64),
+        {"window": 512, "segments": True, "logits_soft_cap": 50.0},
+    ),
+    "both directions, odd sizes": ((2, 1500, 2, 2, 100), {"causal": False, "segments": True}),
+}
+
+
+@needs_cuda_plugin
+@pytest.mark.parametrize("case", COMPILED)
+def test_compiles_for_gpu_with_gradients(case):
+    (batch, length, *sizes), options = COMPILED[case]
+    options = dict(options)
+    if options.pop("segments", False):
+        options["segment_ids"] = jnp.ones((batch, length), jnp.int32)
+    function = functools.partial(attention, **options, implementation="gpu")
+    compiled = compile_for_h100(out_and_gradients(function), *shapes(batch, length, *sizes))
+    text = compiled.as_text()
+    assert all(kernel in text for kernel in KERNELS)
+    # Linear in time: weights of T x T would take more.
+    memory = compiled.memory_analysis()
+    assert memory.temp_size_in_bytes < 4 * memory.argument_size_in_bytes
+
+
+@needs_cuda_plugin
+def test_compiles_for_gpu_under_vmap_and_remat():
+    def loss(q, k, v):
+        return jnp.sum(attention(q, k, v, window=100, implementation="gpu").astype(jnp.float32))
+
+    gradients = jax.vmap(jax.grad(jax.remat(loss), argnums=(0, 1, 2)))
+    stacked = [(3, *shape) for shape in shapes(2, 256, 2, 1, 64)]
+    text = compile_for_h100(gradients, *stacked).as_text()
+    assert all(kernel in text for kernel in KERNELS)
+
+
+@needs_cuda_plugin
+def test_compiles_for_gpus_under_shard_map():
+    """The devices share the keys, whose gradient is the sum over them."""
+    heads, whole = PartitionSpec(None, None, "data"), PartitionSpec()
+    function = jax.shard_map(
+        lambda q, k, v: attention(q, k, v, implementation="gpu"),
+        in_specs=(heads, whole, whole),
+        out_specs=heads,
+    )
+    compiled = compile_for_h100(out_and_gradients(function), *shapes(2, 256, 4, 1, 64), devices=2)
+    text = compiled.as_text()
+    assert all(kernel in text for kernel in KERNELS) and "all-reduce" in text
+
+
+@needs_cuda_plugin
+def test_the_kernel_has_to_be_named():
+    text = compile_for_h100(attention, *shapes(1, 256, 2, 1, 64)).as_text()
+    assert KERNELS[0] not in text
