@@ -74,18 +74,14 @@ def losses(model, name, mesh_sizes, seed, steps=STEPS):
         mesh_sizes, jax.devices()[: np.prod(list(mesh_sizes.values()) or [1])]
     )
     objective = registry.build("objective", objective_of(name))
-    schedule = {"name": "constant", "peak": 1e-3}
-    optimizer, _ = optim.build(optim.spec("adamw", schedule=schedule), STEPS)
-    init = functools.partial(
-        init_state, model, optimizer, seq_len=LENGTH, seed=seed % 1000, ema=False
-    )
-    shardings = sharding.state_shardings(jax.eval_shape(init), mesh)
+    state = first_state(name, seed)
+    shardings = sharding.state_shardings(state, mesh)
     rows = sharding.batch_sharding(mesh)
     found = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
-        state = initialise(init, shardings)
+        state = jax.device_put(state, shardings)
         step = jax.jit(
-            make_train_step(model, objective, optimizer),
+            make_train_step(model, objective, adamw()),
             in_shardings=(shardings, rows),
             out_shardings=(shardings, None),
         )
@@ -93,6 +89,23 @@ def losses(model, name, mesh_sizes, seed, steps=STEPS):
             state, metrics = step(state, jax.device_put(batch, rows))
             found.append(float(metrics["loss"]))
     return np.array(found)
+
+
+@functools.cache
+def first_state(name, seed):
+    """The state of preset `name` before the first step, made once for all meshes."""
+    return initialise(initialiser_of(name, seed))
+
+
+def initialiser_of(name, seed):
+    return functools.partial(
+        init_state, small(name), adamw(), seq_len=LENGTH, seed=seed % 1000, ema=False
+    )
+
+
+def adamw():
+    schedule = {"name": "constant", "peak": 1e-3}
+    return optim.build(optim.spec("adamw", schedule=schedule), STEPS)[0]
 
 
 def objective_of(name):

@@ -1,15 +1,27 @@
 """Every headliner trains the same on one device and on any mesh."""
 
+import functools
 import itertools
 import secrets
 
 import jax
 import numpy as np
 import pytest
-from short_runs import FIELDS, HEADLINERS, LENGTH, STATE_SPACE, losses, losses_on_one_device, small
+from short_runs import (
+    FIELDS,
+    HEADLINERS,
+    LENGTH,
+    STATE_SPACE,
+    first_state,
+    initialiser_of,
+    losses,
+    losses_on_one_device,
+    small,
+)
 
 from effjax import pytree
 from effjax.training import sharding
+from effjax.training.state import initialise
 
 MESHES = {
     "data": {"data": 2},
@@ -18,6 +30,17 @@ MESHES = {
     "expert": {"expert": 2},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
 }
+
+
+WITH_EXPERTS = ("switch", "adamoe")
+
+
+def cases():
+    """Models without experts leave the axis of experts idle, which is for `-m slow`."""
+    for name, mesh in itertools.product(HEADLINERS, MESHES):
+        is_idle = mesh == "expert" and name not in WITH_EXPERTS
+        yield pytest.param(name, mesh, marks=[pytest.mark.slow] if is_idle else [])
+    yield from itertools.product(STATE_SPACE, ["all"])
 
 
 @pytest.fixture(scope="module")
@@ -32,14 +55,21 @@ def seed(fresh_seed):
     return fresh_seed
 
 
-@pytest.mark.parametrize(
-    ("name", "mesh"),
-    [*itertools.product(HEADLINERS, MESHES), *itertools.product(STATE_SPACE, ["all"])],
-)
+@pytest.mark.parametrize(("name", "mesh"), list(cases()))
 def test_losses_agree_with_one_device(name, mesh, seed):
     expected = losses_on_one_device(name, seed)
     assert np.ptp(expected) > 1e-4  # it does train
     np.testing.assert_allclose(losses(small(name), name, MESHES[mesh], seed), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["mor", "adamoe"])
+def test_the_first_state_is_that_of_one_device(name, seed):
+    expected = first_state(name, seed)
+    mesh = sharding.make_mesh(MESHES["all"])
+    with jax.set_mesh(mesh):
+        found = initialise(initialiser_of(name, seed), sharding.state_shardings(expected, mesh))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)
+    jax.tree.map(close, found, expected)
 
 
 @pytest.mark.parametrize("name", FIELDS)
