@@ -8,17 +8,17 @@ What serves where, the preferred first:
 | "xla" | all | a loop over groups and their row tiles |
 
 On TPU `ragged_dot` was compared with megablox (`jax.experimental.pallas.ops.tpu.megablox`) before writing anything, by
-static schedule for v5e (libtpu 0.0.51): M = 4096, K = 1024, N = 4096, 8 groups, bfloat16; bundles of the longest region
-of a grid step, times the 39 row tiles that are visited at most, times the steps along N or K.
+static schedule for v5e (libtpu 0.0.51): M = 4096, K = 1024, N = 4096, 8 groups, bfloat16; bundles of a grid step, times
+the 39 row tiles that are visited at most, times the steps along N or K.
 
 | product | ragged_dot | megablox, tiles of 128 x 1024 x 1024 |
 | --- | --- | --- |
 | out | 2195 x 39 x 4 = 342k | 1974 x 39 x 4 = 308k |
 | d_lhs | 1960 x 39 x 4 = 306k | 1899 x 39 x 4 = 296k |
-| d_rhs | 1162 x 39 x 8 = 363k | 2015 x 39 x 4 = 314k |
+| d_rhs | 1751 x 39 x 8 = 546k | 2015 x 39 x 4 = 314k |
 
-Megablox takes 3 to 14 % fewer, but needs tiles chosen by hand for each shape, M a multiple of them, and some dozens of
-small programs before each product to lay out the visits. Neither has been timed on a TPU.
+Megablox takes 3 to 10 % fewer, 42 % for d_rhs, but needs tiles chosen by hand for each shape, M a multiple of them, and
+some dozens of small programs before each product to lay out the visits. Neither has been timed on a TPU.
 """
 
 import jax
