@@ -64,7 +64,7 @@ def attention(
     """
     if isinstance(interpret, bool):
         interpret = plgpu.InterpretGPUParams() if interpret else None
-    has_tokens = queries.segment is not None or (mask.causal and not mask.is_ordered)
+    has_tokens = mask.takes_tokens(queries)
     spec = Spec(mask, scale, logits_soft_cap, has_tokens, interpret)
     return _attention(spec, *vary_alike((q, k, v, queries, keys)))
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import visits
 from pallas_kernels.attention.gpu_ring import WARPGROUPS
-from pallas_kernels.attention.mask import PADDING, Mask, Tokens
+from pallas_kernels.attention.mask import PADDING, Mask, Tokens, token_rows
 from pallas_kernels.varying import vary_alike
 
 LOG2_E = math.log2(math.e)
@@ -178,11 +178,9 @@ def load_visited(table, block) -> Visited:
 # Layouts in HBM and the call.
 
 
-def pad_time(x, block: int, fill=0):
+def pad_time(x, block: int):
     """[B, T, ...] with T a multiple of `block`."""
-    return jnp.pad(
-        x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2), constant_values=fill
-    )
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2))
 
 
 def width(q, v) -> int:
@@ -199,15 +197,7 @@ def token_arrays(spec: Spec, queries: Tokens, keys: Tokens, q_block: int, k_bloc
     """Positions and segments, if any, of queries and of keys as two int32 [B or 1, 1 or 2, T padded]."""
     if not spec.has_tokens:
         return []
-
-    def stack(tokens, block, padding):
-        position = pad_time(tokens.position, block, padding)
-        if tokens.segment is None:
-            return position[:, None]
-        segment = pad_time(tokens.segment, block)
-        return jnp.stack([jnp.broadcast_to(position, segment.shape), segment], axis=1)
-
-    return [stack(queries, q_block, 0), stack(keys, k_block, PADDING)]
+    return [token_rows(queries, q_block, 0), token_rows(keys, k_block, PADDING)]
 
 
 def of_batch(tokens, batch, start, length: int):

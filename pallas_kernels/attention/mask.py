@@ -9,6 +9,7 @@ import dataclasses
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 # Position of the keys that fill up a tile: later than any query.
 PADDING = 2**30
@@ -52,6 +53,10 @@ class Mask:
     window: int | None
     is_ordered: bool
 
+    def takes_tokens(self, queries: Tokens) -> bool:
+        """Whether `allowed` depends on positions or segments that come as arrays, and not on index alone."""
+        return queries.segment is not None or (self.causal and not self.is_ordered)
+
     @property
     def offset(self) -> int:
         """Position of query 0 in index order."""
@@ -87,6 +92,19 @@ class Mask:
         if queries.segment is not None:
             result = result & (queries.segment == keys.segment) & (queries.segment != 0)
         return result
+
+
+def token_rows(tokens: Tokens, block: int, padding: int) -> jax.Array:
+    """Positions, and segments if any, int32 [B or 1, 1 or 2, T] with T filled up to a multiple of `block`.
+
+    `padding` is the position of what fills up; its segment is 0.
+    """
+    more = ((0, 0), (0, -tokens.position.shape[1] % block))
+    position = jnp.pad(tokens.position, more, constant_values=padding)
+    if tokens.segment is None:
+        return position[:, None]
+    segment = jnp.pad(tokens.segment, more)
+    return jnp.stack([jnp.broadcast_to(position, segment.shape), segment], axis=1)
 
 
 def _clip(low: int, high: int, length: int) -> tuple[int, int]:

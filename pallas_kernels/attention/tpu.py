@@ -66,7 +66,7 @@ def attention(
         itemsize=q.dtype.itemsize,
         window=mask.window,
     )
-    has_tokens = queries.segment is not None or (mask.causal and not mask.is_ordered)
+    has_tokens = mask.takes_tokens(queries)
     spec = Spec(mask, scale, logits_soft_cap, lengths, has_tokens, interpret)
     return _attention(spec, *vary_alike((q, k, v, queries, keys)))
 

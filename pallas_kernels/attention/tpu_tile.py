@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import visits
 from pallas_kernels.attention.blocks import LANES, Blocks
-from pallas_kernels.attention.mask import PADDING, Mask, Tokens
+from pallas_kernels.attention.mask import PADDING, Mask, Tokens, token_rows
 
 LOG2_E = math.log2(math.e)
 # The kernels stay below this; it is also the default limit of the smallest chip.
@@ -158,22 +158,17 @@ def token_arrays(spec: Spec, queries: Tokens, keys: Tokens):
     """Positions and segments, if any, of queries and of keys as two int32 [B, 1 or 2, T padded]; None if not needed."""
     if not spec.has_tokens:
         return None
-
-    def stack(tokens, block, padding):
-        position = _pad(tokens.position, 1, block, padding)
-        if tokens.segment is None:
-            return position[:, None]
-        segment = _pad(tokens.segment, 1, block)
-        return jnp.stack([jnp.broadcast_to(position, segment.shape), segment], axis=1)
-
     # A padded query has the position of no query, so that in the order of index it sees nothing that counts.
-    return stack(queries, spec.blocks.queries, 0), stack(keys, spec.blocks.keys, PADDING)
+    return (
+        token_rows(queries, spec.blocks.queries, 0),
+        token_rows(keys, spec.blocks.keys, PADDING),
+    )
 
 
-def _pad(x, axis: int, block: int, fill=0):
+def _pad(x, axis: int, block: int):
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, padding, constant_values=fill)
+    return jnp.pad(x, padding)
 
 
 # The call.
