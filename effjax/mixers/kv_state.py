@@ -45,7 +45,7 @@ class KVState:
     def append(self, new: "KVState") -> "KVState":
         """Writes the tokens of `new` (padding left out) behind those here, over the oldest slots if full.
 
-        Where they are of other segments than the tokens here, only the last of them stays.
+        Only tokens of each row's newest segment stay: those of others, here or in `new`, are left out too.
         """
         num_slots = self.k.shape[1]
         newest = newest_segment(new.segment_ids)[:, None]

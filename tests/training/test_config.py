@@ -33,8 +33,10 @@ def test_every_recipe_describes_a_model_that_can_be_built(name, size):
         config["mesh"]["data"] = 1
         configs.check(config)
     elif name in ("transformer", "mamba", "mamba2"):
+        # Mamba-2's name "1.3b" is cut off, not rounded.
         stated = float(size[:-1]) * (1000 if size.endswith("b") else 1)
-        np.testing.assert_allclose(millions, stated, rtol=0.035)  # as rounded as the names are
+        stated = {("mamba2", "1.3b"): 1344}.get((name, size), stated)
+        np.testing.assert_allclose(millions, stated, rtol=0.021)
 
 
 def test_shared_parameters_make_recursive_models_smaller():
