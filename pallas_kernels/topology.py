@@ -1,11 +1,12 @@
-"""Compiling for TPUs that are not here: libtpu is the real compiler, and it runs on any host.
+"""Compiling for chips that are not here: the real compilers run on any host.
 
-Needs libtpu (`pip install libtpu`) and no TPU.
+For TPUs that is libtpu (`pip install libtpu`), for GPUs JAX's CUDA plugin (`pip install "jax[cuda13]"`).
 """
 
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,40 +15,30 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # The smallest of each kind, for programs of one chip.
 ONE_CHIP = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# GPUs, each with XLA's description of it.
+GPU_TARGETS = {path.stem: path for path in Path(__file__).with_name("gpu_targets").iterdir()}
 
 
-def is_available() -> bool:
-    """Whether libtpu is installed."""
-    return importlib.util.find_spec("libtpu") is not None
+def is_available(platform: str = "tpu") -> bool:
+    """Whether the compiler for "tpu" or "gpu" is installed."""
+    modules = ("libtpu",) if platform == "tpu" else ("jax_cuda12_plugin", "jax_cuda13_plugin")
+    return any(importlib.util.find_spec(module) for module in modules)
 
 
 def mesh(topology: str, shape: Sequence[int] | None = None, axis_names=("data",)) -> Mesh:
     """A mesh of absent chips, to compile under (`jax.set_mesh`).
 
     Args:
-        topology: "v5e:4x4", "v6e:2x2", "v5p:8x8x8"; or a bare kind, "v5e", for one chip.
+        topology: TPUs, "v5e:4x4", "v6e:2x2", "v5p:8x8x8"; GPUs as hosts x GPUs of each, "h100:2x8"; or a bare kind,
+            "v5e", for one chip.
         shape: sizes of the axes; None: all chips along one.
         axis_names: names of the axes.
 
     Raises:
-        ValueError: libtpu is missing or knows no such topology, or the chips do not fit the shape.
+        ValueError: the compiler is missing or knows no such topology, or the chips do not fit the shape.
     """
-    if not is_available():
-        raise ValueError(f"topology={topology!r} needs libtpu: pip install libtpu")
-    # Nothing is executed, so nobody has to be asked about a pod and no chip has to be locked.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    try:
-        found = topologies.get_topology_desc(
-            platform="tpu", topology_name=ONE_CHIP.get(topology, topology)
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise ValueError(
-            f"topology={topology!r} is not known to libtpu; valid: {', '.join(ONE_CHIP)}, or one of "
-            f"these with a shape, such as v5e:4x4 ({error})"
-        ) from error
-    devices = np.array(found.devices[:1] if topology in ONE_CHIP else found.devices)
+    kind, _, sizes = topology.partition(":")
+    devices = _gpus(topology, kind, sizes) if kind in GPU_TARGETS else _tpus(topology, kind, sizes)
     shape = (devices.size,) if shape is None else tuple(shape)
     if np.prod(shape) != devices.size:
         raise ValueError(
@@ -56,20 +47,59 @@ def mesh(topology: str, shape: Sequence[int] | None = None, axis_names=("data",)
     return Mesh(devices.reshape(shape), axis_names, axis_types=(AxisType.Auto,) * len(shape))
 
 
+def _tpus(topology: str, kind: str, sizes: str) -> np.ndarray:
+    if not is_available("tpu"):
+        raise ValueError(f"topology={topology!r} needs libtpu: pip install libtpu")
+    # Nothing is executed, so nobody has to be asked about a pod and no chip has to be locked.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    name = topology if sizes else ONE_CHIP.get(kind, topology)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(
+            f"topology={topology!r} is not known to libtpu; valid: {', '.join([*ONE_CHIP, *GPU_TARGETS])}, or one "
+            f"of these with a shape, such as v5e:4x4 ({error})"
+        ) from error
+    return np.array(found.devices if sizes else found.devices[:1])
+
+
+def _gpus(topology: str, kind: str, sizes: str) -> np.ndarray:
+    if not is_available("gpu"):
+        raise ValueError(
+            f"topology={topology!r} needs JAX's CUDA plugin: pip install 'jax[cuda13]'"
+        )
+    counts = (sizes or "1x1").split("x")
+    if len(counts) != 2 or not all(count.isdecimal() and int(count) > 0 for count in counts):
+        raise ValueError(
+            f"topology={topology!r} must be {kind}, or {kind} with hosts x GPUs of each: {kind}:2x8"
+        )
+    # The plugin asks for a GPU before it registers, unless told that programs are only compiled.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    found = topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=GPU_TARGETS[kind].read_text(),
+        topology="x".join(["1", *counts]),
+    )
+    return np.array(found.devices)
+
+
 def compile_for(topology: str, function: Callable, *arrays) -> jax.stages.Compiled:
-    """Compiles `jax.jit(function)` for one absent chip.
+    """Compiles `jax.jit(function)` for absent chips, each of which gets all of the arrays.
 
     Args:
-        topology: a kind of chip, one of `ONE_CHIP`.
+        topology: as `mesh` takes it; more than one chip are along the mesh axis "data".
         function: what to compile.
         *arrays: pytrees of arrays or `jax.ShapeDtypeStruct`s.
 
     Raises:
-        ValueError: libtpu is missing.
+        ValueError: the compiler is missing or knows no such topology.
         Exception: what the compiler says about a kernel that the hardware cannot run.
     """
-    chip = mesh(topology)
-    whole = NamedSharding(chip, PartitionSpec())
+    chips = mesh(topology)
+    whole = NamedSharding(chips, PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), arrays)
-    with jax.set_mesh(chip):
+    with jax.set_mesh(chips):
         return jax.jit(function).lower(*shapes).compile()

@@ -3,9 +3,6 @@
 Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1, with one warpgroup that copies and two that compute (Shah et
 al., "FlashAttention-3", arXiv 2407.08608, algorithm 1): while one of the two is at its exponentials, the tensor cores
 are free for the products of the other.
-
-Of WGMMA the kernels use what Pallas' interpreter runs, so that all of them is proven without a GPU: operands in shared
-memory, also the weights, and sums that begin at 0 and are added to those of the tiles before.
 """
 
 import functools
@@ -15,17 +12,15 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import gpu_backward, gpu_ring, gpu_tile, visits
+from pallas_kernels import hopper
+from pallas_kernels.attention import gpu_backward, gpu_tile, visits
 from pallas_kernels.attention.blocks import Blocks
-from pallas_kernels.attention.gpu_ring import WARPGROUPS
-from pallas_kernels.attention.gpu_tile import BLOCK, ROWS, Spec
+from pallas_kernels.attention.gpu_tile import BLOCK, Spec
 from pallas_kernels.attention.mask import Mask, Tokens
-from pallas_kernels.dispatch import target
+from pallas_kernels.hopper import ROWS, WARPGROUPS
 from pallas_kernels.varying import vary_alike
 
 LARGEST_HEAD_DIM = 128
-# The chips with `wgmma`, as their device kinds say.
-HOPPER = ("H100", "H200", "H800", "H20", "GH200")
 # Keys of a tile: two tiles of k and of v, the queries and the weights are 192 KiB of shared memory at the largest head.
 KEYS = 128
 # Below any logit, and finite: the difference of two of them is 0.
@@ -34,15 +29,12 @@ LOWEST = -1e30
 
 def refuses(q, k, v, queries, keys, *, mask, scale, logits_soft_cap) -> str | None:
     """What the kernel cannot do with these arguments or on this GPU, or None."""
-    platform, kind = target()
-    if platform == "gpu" and not set(HOPPER) & set(kind.split()):
-        return f"device kind {kind!r}; it is for Hopper: {', '.join(HOPPER)}"
     if q.dtype != jnp.bfloat16:
         return f"dtype {q.dtype}; it takes bfloat16"
     head_dim = max(q.shape[3], v.shape[3])
     if head_dim > LARGEST_HEAD_DIM:
         return f"head_dim {head_dim}; it takes up to {LARGEST_HEAD_DIM}"
-    return None
+    return hopper.refuses_device()
 
 
 def attention(
@@ -62,10 +54,8 @@ def attention(
     `interpret`: True or a `plgpu.InterpretGPUParams` to run without a GPU. The interpreter has side effects, with which
     JAX refuses `jax.checkpoint` and `jax.shard_map`; the compiled kernel has none.
     """
-    if isinstance(interpret, bool):
-        interpret = plgpu.InterpretGPUParams() if interpret else None
     has_tokens = mask.takes_tokens(queries)
-    spec = Spec(mask, scale, logits_soft_cap, has_tokens, interpret)
+    spec = Spec(mask, scale, logits_soft_cap, has_tokens, hopper.interpreter(interpret))
     return _attention(spec, *vary_alike((q, k, v, queries, keys)))
 
 
@@ -81,8 +71,7 @@ def _forward(spec, q, k, v, queries, keys):
     padded_k, padded_v = (gpu_tile.pad_heads(x, KEYS, width) for x in (k, v))
     batch, length, heads, _ = padded_q.shape
     table = gpu_tile.ranges(*visits.by_queries(spec.mask, Blocks(BLOCK, KEYS), spec.has_tokens))
-    out, lse = gpu_tile.call(
-        spec,
+    out, lse = hopper.call(
         functools.partial(_kernel, spec),
         (table, padded_q, padded_k, padded_v, *tokens),
         out=(
@@ -93,13 +82,14 @@ def _forward(spec, q, k, v, queries, keys):
             plgpu.SMEM((WARPGROUPS, ROWS, width), q.dtype),
             plgpu.Barrier(num_barriers=WARPGROUPS),
             plgpu.SMEM((WARPGROUPS, ROWS, KEYS), v.dtype),
-            gpu_ring.ring(
+            hopper.ring(
                 ((KEYS, width), k.dtype),
                 ((KEYS, width), v.dtype),
                 *(((x.shape[1], KEYS), x.dtype) for x in tokens[1:]),
             ),
         ),
-        grid=(batch, heads, length // BLOCK),
+        grid=gpu_tile.grid(batch, heads, length),
+        interpret=spec.interpret,
         name="attention_forward",
     )
     out = out[:, : q.shape[1], :, : v.shape[3]]
@@ -134,25 +124,25 @@ def _kernel(spec: Spec, table, q, k, v, *rest):
             k_tile, v_tile, *key_tokens = pieces
             tile = visited.first + i
             key = gpu_tile.load_tokens(key_tokens[0], 1) if tokens else tile * KEYS
-            logits = gpu_tile.base2_logits(spec, gpu_tile.product(q_tile, k_tile.T))
+            logits = gpu_tile.base2_logits(spec, hopper.product(q_tile, k_tile.T))
             logits = gpu_tile.where_allowed(
                 spec, logits, -jnp.inf, query, key, visited.is_full(tile), queries_axis=0
             )
             now = jnp.maximum(highest, logits.max(axis=1))
-            weights = jnp.exp2(logits - gpu_tile.along(now, logits.shape, 0))
+            weights = jnp.exp2(logits - hopper.along(now, logits.shape, 0))
             rescale = jnp.exp2(highest - now)
-            gpu_ring.stage((weights, weight_tile))
-            values *= gpu_tile.along(rescale, values.shape, 0)
-            values += gpu_tile.product(weight_tile, v_tile)
+            hopper.stage((weights, weight_tile))
+            values *= hopper.along(rescale, values.shape, 0)
+            values += hopper.product(weight_tile, v_tile)
             return values, total * rescale + weights.sum(axis=1), now
 
-        nothing = gpu_tile.zeros(ROWS)
-        carry = (gpu_tile.zeros(ROWS, v.shape[3]), nothing, nothing + LOWEST)
+        nothing = hopper.zeros(ROWS)
+        carry = (hopper.zeros(ROWS, v.shape[3]), nothing, nothing + LOWEST)
         values, total, highest = ring.fold(num_tiles, accumulate, carry)
         # A row that sees nothing has total 0: out 0, lse -inf.
-        divisor = gpu_tile.along(jnp.where(total == 0, 1, total), values.shape, 0)
+        divisor = hopper.along(jnp.where(total == 0, 1, total), values.shape, 0)
         lse[batch, head, rows] = highest * (1 / gpu_tile.LOG2_E) + jnp.log(total)
-        gpu_ring.write_tile(values / divisor, q_tile, out.at[batch, rows, head])
+        hopper.write_tile(values / divisor, q_tile, out.at[batch, rows, head])
 
     def copy():
         kv_head = jax.lax.div(head, q.shape[2] // k.shape[2])
@@ -167,4 +157,4 @@ def _kernel(spec: Spec, table, q, k, v, *rest):
 
         ring.fill(num_tiles, pieces)
 
-    gpu_ring.run_roles(compute, copy)
+    hopper.run_roles(compute, copy)

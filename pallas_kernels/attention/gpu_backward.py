@@ -16,10 +16,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention import gpu_ring, gpu_tile, visits
+from pallas_kernels import hopper
+from pallas_kernels.attention import gpu_tile, visits
 from pallas_kernels.attention.blocks import Blocks
-from pallas_kernels.attention.gpu_ring import WARPGROUPS
-from pallas_kernels.attention.gpu_tile import BLOCK, ROWS, Spec
+from pallas_kernels.attention.gpu_tile import BLOCK, Spec
+from pallas_kernels.hopper import ROWS, WARPGROUPS
 
 # Keys (for dq) or queries (for dk and dv) of a tile: beside the sums, registers hold two tiles of logits.
 COLUMNS = 64
@@ -51,8 +52,7 @@ def _queries_gradient(spec: Spec, q, d_out, k, v, statistics, tokens):
     """dq [B, Tq, H, D] of padded arrays; `statistics` are lse and delta, float32 [B, H, 2, Tq]."""
     batch, length, heads, width = q.shape
     table = gpu_tile.ranges(*visits.by_queries(spec.mask, Blocks(BLOCK, COLUMNS), spec.has_tokens))
-    (dq,) = gpu_tile.call(
-        spec,
+    (dq,) = hopper.call(
         functools.partial(_queries_kernel, spec),
         (table, q, d_out, k, v, statistics, *tokens),
         out=((q.shape, q.dtype),),
@@ -61,13 +61,14 @@ def _queries_gradient(spec: Spec, q, d_out, k, v, statistics, tokens):
             plgpu.SMEM((WARPGROUPS, ROWS, width), d_out.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
             plgpu.SMEM((WARPGROUPS, ROWS, COLUMNS), k.dtype),
-            gpu_ring.ring(
+            hopper.ring(
                 ((COLUMNS, width), k.dtype),
                 ((COLUMNS, width), v.dtype),
                 *(((x.shape[1], COLUMNS), x.dtype) for x in tokens[1:]),
             ),
         ),
-        grid=(batch, heads, length // BLOCK),
+        grid=gpu_tile.grid(batch, heads, length),
+        interpret=spec.interpret,
         name="attention_backward_queries",
     )
     return dq
@@ -90,7 +91,7 @@ def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
         )
         plgpu.copy_gmem_to_smem(q.at[batch, rows, head], q_tile, filled.at[warpgroup])
         plgpu.copy_gmem_to_smem(d_out.at[batch, rows, head], d_out_tile, filled.at[warpgroup])
-        of_rows = [gpu_tile.load_vector(statistics.at[batch, head, i, rows], 0) for i in range(2)]
+        of_rows = [hopper.load_vector(statistics.at[batch, head, i, rows], 0) for i in range(2)]
         query = start
         if tokens:
             query = gpu_tile.load_tokens(gpu_tile.of_batch(tokens[0], batch, start, ROWS), 0)
@@ -100,7 +101,7 @@ def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
             k_tile, v_tile, *key_tokens = pieces
             tile = visited.first + i
             key = gpu_tile.load_tokens(key_tokens[0], 1) if tokens else tile * COLUMNS
-            logits, d_weights = gpu_tile.products((q_tile, k_tile.T), (d_out_tile, v_tile.T))
+            logits, d_weights = hopper.products((q_tile, k_tile.T), (d_out_tile, v_tile.T))
             _, d_logits = _weights(
                 spec,
                 logits,
@@ -111,11 +112,11 @@ def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
                 visited.is_full(tile),
                 queries_axis=0,
             )
-            gpu_ring.stage((d_logits, d_logit_tile))
-            return q_sums + gpu_tile.product(d_logit_tile, k_tile)
+            hopper.stage((d_logits, d_logit_tile))
+            return q_sums + hopper.product(d_logit_tile, k_tile)
 
-        q_sums = ring.fold(num_tiles, accumulate, gpu_tile.zeros(ROWS, q.shape[3]))
-        gpu_ring.write_tile(q_sums * spec.scale, q_tile, dq.at[batch, rows, head])
+        q_sums = ring.fold(num_tiles, accumulate, hopper.zeros(ROWS, q.shape[3]))
+        hopper.write_tile(q_sums * spec.scale, q_tile, dq.at[batch, rows, head])
 
     def copy():
         kv_head = jax.lax.div(head, q.shape[2] // k.shape[2])
@@ -130,7 +131,7 @@ def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
 
         ring.fill(num_tiles, pieces)
 
-    gpu_ring.run_roles(compute, copy)
+    hopper.run_roles(compute, copy)
 
 
 def _keys_gradients(spec: Spec, q, d_out, k, v, statistics, tokens):
@@ -138,8 +139,7 @@ def _keys_gradients(spec: Spec, q, d_out, k, v, statistics, tokens):
     batch, length, kv_heads, width = k.shape
     query, key, kind = visits.by_keys(spec.mask, Blocks(COLUMNS, BLOCK), spec.has_tokens)
     table = gpu_tile.ranges(key, query, kind)
-    return gpu_tile.call(
-        spec,
+    return hopper.call(
         functools.partial(_keys_kernel, spec),
         (table, q, d_out, k, v, statistics, *tokens),
         out=((k.shape, k.dtype), (v.shape, v.dtype)),
@@ -149,14 +149,15 @@ def _keys_gradients(spec: Spec, q, d_out, k, v, statistics, tokens):
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
             plgpu.SMEM((WARPGROUPS, ROWS, COLUMNS), v.dtype),
             plgpu.SMEM((WARPGROUPS, ROWS, COLUMNS), k.dtype),
-            gpu_ring.ring(
+            hopper.ring(
                 ((COLUMNS, width), q.dtype),
                 ((COLUMNS, width), d_out.dtype),
                 ((2, COLUMNS), jnp.float32),
                 *(((x.shape[1], COLUMNS), x.dtype) for x in tokens[:1]),
             ),
         ),
-        grid=(batch, kv_heads, length // BLOCK),
+        grid=gpu_tile.grid(batch, kv_heads, length),
+        interpret=spec.interpret,
         name="attention_backward_keys",
     )
 
@@ -188,27 +189,27 @@ def _keys_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
             q_tile, d_out_tile, of_rows, *query_tokens = pieces
             tile = visited.first + jax.lax.rem(i, tiles_of_head)
             query = gpu_tile.load_tokens(query_tokens[0], 1) if tokens else tile * COLUMNS
-            logits, d_weights = gpu_tile.products((k_tile, q_tile.T), (v_tile, d_out_tile.T))
+            logits, d_weights = hopper.products((k_tile, q_tile.T), (v_tile, d_out_tile.T))
             weights, d_logits = _weights(
                 spec,
                 logits,
                 d_weights,
-                lambda which: gpu_tile.load_vector(of_rows.at[which], 1),
+                lambda which: hopper.load_vector(of_rows.at[which], 1),
                 query,
                 key,
                 visited.is_full(tile),
                 queries_axis=1,
             )
             # Both leave the registers before a product needs them.
-            gpu_ring.stage((weights, weight_tile), (d_logits, d_logit_tile))
-            v_sums += gpu_tile.product(weight_tile, d_out_tile)
-            k_sums += gpu_tile.product(d_logit_tile, q_tile)
+            hopper.stage((weights, weight_tile), (d_logits, d_logit_tile))
+            v_sums += hopper.product(weight_tile, d_out_tile)
+            k_sums += hopper.product(d_logit_tile, q_tile)
             return k_sums, v_sums
 
-        nothing = gpu_tile.zeros(ROWS, k.shape[3])
+        nothing = hopper.zeros(ROWS, k.shape[3])
         k_sums, v_sums = ring.fold(num_tiles, accumulate, (nothing, nothing))
-        gpu_ring.write_tile(k_sums * spec.scale, k_tile, dk.at[batch, rows, kv_head])
-        gpu_ring.write_tile(v_sums, v_tile, dv.at[batch, rows, kv_head])
+        hopper.write_tile(k_sums * spec.scale, k_tile, dk.at[batch, rows, kv_head])
+        hopper.write_tile(v_sums, v_tile, dv.at[batch, rows, kv_head])
 
     def copy():
         def pieces(i):
@@ -223,7 +224,7 @@ def _keys_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
 
         ring.fill(num_tiles, pieces)
 
-    gpu_ring.run_roles(compute, copy)
+    hopper.run_roles(compute, copy)
 
 
 def _weights(spec: Spec, products, d_weights, statistic, query, key, is_full, *, queries_axis: int):
@@ -233,11 +234,11 @@ def _weights(spec: Spec, products, d_weights, statistic, query, key, is_full, *,
     are needed, because along the columns of a tile they fill registers.
     """
     logits = gpu_tile.base2_logits(spec, products)
-    weights = jnp.exp2(logits - gpu_tile.along(statistic(0), logits.shape, queries_axis))
+    weights = jnp.exp2(logits - hopper.along(statistic(0), logits.shape, queries_axis))
     weights = gpu_tile.where_allowed(
         spec, weights, 0.0, query, key, is_full, queries_axis=queries_axis
     )
-    d_logits = weights * (d_weights - gpu_tile.along(statistic(1), logits.shape, queries_axis))
+    d_logits = weights * (d_weights - hopper.along(statistic(1), logits.shape, queries_axis))
     if spec.logits_soft_cap is not None:
         d_logits *= gpu_tile.soft_cap_slope(spec, logits)
     return weights, d_logits

@@ -1,4 +1,4 @@
-"""What the forward and backward GPU kernels share: static specification, one tile of logits, layouts, and the call.
+"""What the forward and backward GPU kernels share: static specification, one tile of logits, layouts and the grid.
 
 Arrays stay as they are in HBM, [B, T, H, D], with time padded to whole tiles and D to whole rows of 128 bytes.
 Logits are in base 2, whose exponential the hardware has.
@@ -16,13 +16,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.attention import visits
-from pallas_kernels.attention.gpu_ring import WARPGROUPS
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens, token_rows
-from pallas_kernels.varying import vary_alike
+from pallas_kernels.hopper import ROWS, WARPGROUPS, along, load_vector
 
 LOG2_E = math.log2(math.e)
-# Rows of a warpgroup, what one `wgmma` takes, and of a block.
-ROWS = 64
+# Rows of a block.
 BLOCK = WARPGROUPS * ROWS
 # Entries of a head that a padded row has a multiple of: 128 bytes, the widest swizzle of shared memory.
 HEAD_MULTIPLE = 64
@@ -39,7 +37,7 @@ class Spec:
         scale: factor on the logits.
         logits_soft_cap: c of c tanh(logits / c), or None.
         has_tokens: positions or segments come as arrays; else position is index.
-        interpret: what `plgpu.kernel` takes: None, or a `plgpu.InterpretGPUParams`.
+        interpret: as `hopper.call` takes it.
     """
 
     mask: Mask
@@ -50,39 +48,6 @@ class Spec:
 
 
 # One tile.
-
-
-def products(*pairs) -> list:
-    """x · y of each pair of tiles in shared memory, in registers and float32."""
-
-    def multiply(*sums):
-        for total, (x, y) in zip(sums, pairs, strict=True):
-            plgpu.wgmma(total, x, y)
-        return [total[...] for total in sums]
-
-    shapes = [(x.shape[0], y.shape[1]) for x, y in pairs]
-    return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
-
-
-def product(x, y):
-    """x · y of two tiles in shared memory, in registers and float32."""
-    return products((x, y))[0]
-
-
-def along(vector, shape, axis: int):
-    """A vector along `axis` of a tile, the same over the other."""
-    return jax.lax.broadcast_in_dim(vector, shape, [axis])
-
-
-def load_vector(ref, axis: int):
-    """Vector in HBM or shared memory -> registers, as the entries along `axis` of a tile lie there."""
-    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
-
-
-def zeros(*shape):
-    """Sums of a tile, or of its rows, in float32."""
-    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
 def base2_logits(spec: Spec, products):
@@ -175,7 +140,7 @@ def load_visited(table, block) -> Visited:
     return Visited(*(table[block, i] for i in range(4)))
 
 
-# Layouts in HBM and the call.
+# Layouts in HBM and the grid.
 
 
 def pad_time(x, block: int):
@@ -205,31 +170,6 @@ def of_batch(tokens, batch, start, length: int):
     return tokens.at[batch if tokens.shape[0] > 1 else 0, :, pl.ds(start, length)]
 
 
-def call(spec: Spec, kernel, arguments, out, scratch, grid, name: str):
-    """Runs `kernel(*references)` over the grid (B, heads, blocks).
-
-    The hardware counts the last axis fastest: blocks of the same head run together, and share k and v in its L2 cache.
-
-    Args:
-        spec: the specification.
-        kernel: takes references to the arguments, to the outputs and to the scratch.
-        arguments: arrays.
-        out: (shape, dtype) of the outputs.
-        scratch: a sequence of types.
-        grid: sizes of the axes "batch", "head" and "block".
-        name: name of the kernel.
-    """
-    results = plgpu.kernel(
-        kernel,
-        out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out),
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=AXES,
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        interpret=spec.interpret,
-        kernel_name=name,
-    )(*arguments)
-    # Pallas does not say over which mesh axes they vary.
-    return vary_alike((results, arguments))[0]
+def grid(batch: int, heads: int, length: int) -> dict[str, int]:
+    """Blocks of the same head run together, and share k and v in the cache of the chip."""
+    return dict(zip(AXES, (batch, heads, length // BLOCK), strict=True))

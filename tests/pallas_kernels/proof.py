@@ -77,12 +77,16 @@ def temporary_bytes(function, *arguments) -> int:
 
 
 needs_libtpu = pytest.mark.skipif(
-    not topology.is_available(), reason="NOT PROVEN FOR TPU: libtpu is not installed"
+    not topology.is_available("tpu"), reason="NOT PROVEN FOR TPU: libtpu is not installed"
+)
+needs_cuda_plugin = pytest.mark.skipif(
+    not topology.is_available("gpu"),
+    reason="NOT PROVEN FOR GPU: the CUDA plugin of JAX is not installed (pip install 'jax[cuda13]')",
 )
 
 
 def compile_with_gradients(chip: str, function, inputs: dict) -> jax.stages.Compiled:
-    """Compiles `function(**inputs)`, one array, and its gradient in every input for an absent TPU."""
+    """Compiles `function(**inputs)`, one array, and its gradient in every input for an absent chip."""
 
     def both(inputs):
         out, pull = jax.vjp(lambda inputs: function(**inputs), inputs)

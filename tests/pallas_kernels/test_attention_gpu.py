@@ -5,50 +5,21 @@ code, is what an H100 would run.
 """
 
 import functools
-import importlib.util
-import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from proof import assert_close, relative_error
+from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
+from proof import assert_close, needs_cuda_plugin, relative_error
 from test_attention_kernel import random_inputs, random_segments
 
-from pallas_kernels import attention
+from pallas_kernels import attention, topology
 from pallas_kernels.attention import IMPLEMENTATIONS, gpu, gpu_tile, visits
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens
 from pallas_kernels.dispatch import Implementation
-
-# The backend asks for a GPU before it registers, unless told that programs are only compiled.
-os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-needs_cuda_plugin = pytest.mark.skipif(
-    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
-    reason="NOT PROVEN FOR GPU: the CUDA plugin of JAX is not installed (pip install 'jax[cuda13]')",
-)
-# What the compiler has to know of an H100, as XLA's GPU target description.
-H100 = """
-gpu_device_info {
-  name: "NVIDIA H100 80GB HBM3"
-  device_vendor: "NVIDIA Corporation"
-  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  core_count: 132 fpus_per_core: 128 clock_rate_ghz: 1.98
-  threads_per_block_limit: 1024 threads_per_core_limit: 2048 threads_per_warp: 32
-  registers_per_block_limit: 65536 registers_per_core_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: 232448 shared_memory_per_core: 233472
-  device_memory_size: 84942979072 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
 
 # [B, Tq, Tk, H, Hkv] and options. The interpreter takes its time by blocks of 128 rows, whatever they hold.
 CASES = {
@@ -218,20 +189,9 @@ def test_a_gpu_that_is_no_hopper_is_refused():
         jax.eval_shape(functools.partial(attention, implementation="gpu"), q, q, q)
 
 
-def compile_for_h100(function, *shapes, devices: int = 1):
-    """Compiles `function` of bfloat16 arrays for absent GPUs along the mesh axis "data"."""
-    found = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=H100, topology=f"1x1x{devices}"
-    )
-    mesh = Mesh(np.array(found.devices), ("data",), axis_types=(AxisType.Auto,))
-    sharding = NamedSharding(mesh, PartitionSpec())
-    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding) for shape in shapes]
-    with jax.set_mesh(mesh):
-        return jax.jit(function).lower(*arrays).compile()
-
-
 def shapes(batch, length, heads, kv_heads, dim):
-    return [(batch, length, count, dim) for count in (heads, kv_heads, kv_heads)]
+    sizes = [(batch, length, count, dim) for count in (heads, kv_heads, kv_heads)]
+    return [jax.ShapeDtypeStruct(size, jnp.bfloat16) for size in sizes]
 
 
 def out_and_gradients(function):
@@ -262,7 +222,9 @@ def test_compiles_for_gpu_with_gradients(case):
     if options.pop("segments", False):
         options["segment_ids"] = jnp.ones((batch, length), jnp.int32)
     function = functools.partial(attention, **options, implementation="gpu")
-    compiled = compile_for_h100(out_and_gradients(function), *shapes(batch, length, *sizes))
+    compiled = topology.compile_for(
+        "h100", out_and_gradients(function), *shapes(batch, length, *sizes)
+    )
     text = compiled.as_text()
     assert all(kernel in text for kernel in KERNELS)
     # Linear in time: weights of T x T would take more.
@@ -276,8 +238,8 @@ def test_compiles_for_gpu_under_vmap_and_remat():
         return jnp.sum(attention(q, k, v, window=100, implementation="gpu").astype(jnp.float32))
 
     gradients = jax.vmap(jax.grad(jax.remat(loss), argnums=(0, 1, 2)))
-    stacked = [(3, *shape) for shape in shapes(2, 256, 2, 1, 64)]
-    text = compile_for_h100(gradients, *stacked).as_text()
+    stacked = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in shapes(2, 256, 2, 1, 64)]
+    text = topology.compile_for("h100", gradients, *stacked).as_text()
     assert all(kernel in text for kernel in KERNELS)
 
 
@@ -290,12 +252,14 @@ def test_compiles_for_gpus_under_shard_map():
         in_specs=(heads, whole, whole),
         out_specs=heads,
     )
-    compiled = compile_for_h100(out_and_gradients(function), *shapes(2, 256, 4, 1, 64), devices=2)
+    compiled = topology.compile_for(
+        "h100:1x2", out_and_gradients(function), *shapes(2, 256, 4, 1, 64)
+    )
     text = compiled.as_text()
     assert all(kernel in text for kernel in KERNELS) and "all-reduce" in text
 
 
 @needs_cuda_plugin
 def test_the_kernel_has_to_be_named():
-    text = compile_for_h100(attention, *shapes(1, 256, 2, 1, 64)).as_text()
+    text = topology.compile_for("h100", attention, *shapes(1, 256, 2, 1, 64)).as_text()
     assert KERNELS[0] not in text

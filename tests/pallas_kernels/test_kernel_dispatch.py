@@ -2,7 +2,7 @@ import logging
 
 import numpy as np
 import pytest
-from proof import needs_libtpu
+from proof import needs_cuda_plugin, needs_libtpu
 
 import pallas_kernels
 from pallas_kernels import topology
@@ -59,6 +59,18 @@ def test_the_target_is_the_mesh_in_use_and_not_the_host():
         topology.mesh("v5e:2x2", (8,))
     with pytest.raises(ValueError, match="'v5e:77x3' is not known to libtpu; valid: v4, v5e"):
         topology.mesh("v5e:77x3")
+
+
+@needs_cuda_plugin
+def test_the_target_may_be_an_absent_gpu():
+    kinds = []
+    topology.compile_for("h100:2x4", lambda x: kinds.append(target()) or x, np.zeros(8, np.float32))
+    assert kinds == [Target("gpu", "NVIDIA H100 80GB HBM3")]
+    assert topology.mesh("h100:2x4", (4, 2), ("data", "tensor")).shape == {"data": 4, "tensor": 2}
+    with pytest.raises(
+        ValueError, match=r"'h100:8' must be h100, or h100 with hosts x GPUs of each"
+    ):
+        topology.mesh("h100:8")
 
 
 def test_every_op_is_listed_with_a_reference():

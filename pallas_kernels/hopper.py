@@ -1,0 +1,194 @@
+"""What kernels for NVIDIA Hopper (Pallas, Mosaic GPU) share: chips, products of tiles, warpgroups and their work.
+
+One warpgroup only starts copies from HBM to shared memory, the others compute, so that a tile arrives while another is
+computed with (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.1). They meet at a `Ring`.
+
+Of WGMMA the kernels use what Pallas' interpreter runs, so that all of them is proven without a GPU: operands in shared
+memory, and sums that begin at 0 and are added to those of the tiles before.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.dispatch import target
+from pallas_kernels.varying import vary_alike
+
+# The chips with `wgmma`, as their device kinds say.
+CHIPS = ("H100", "H200", "H800", "H20", "GH200")
+# Rows of a tile that one `wgmma` of a warpgroup takes.
+ROWS = 64
+# Warpgroups of a block that compute; one more copies.
+WARPGROUPS = 2
+# Tiles in a ring: one is read while the other arrives.
+STAGES = 2
+# Registers of a thread that computes and of one that copies; together they are all that a multiprocessor has.
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+
+
+def refuses_device() -> str | None:
+    """Names the GPU that the program is for where it is none of `CHIPS`; what is no GPU can interpret."""
+    platform, kind = target()
+    if platform == "gpu" and not set(CHIPS) & set(kind.split()):
+        return f"device kind {kind!r}; it is for Hopper: {', '.join(CHIPS)}"
+    return None
+
+
+# Tiles.
+
+
+def products(*pairs) -> list:
+    """x · y of each pair of tiles in shared memory, in registers and float32."""
+
+    def multiply(*sums):
+        for total, (x, y) in zip(sums, pairs, strict=True):
+            plgpu.wgmma(total, x, y)
+        return [total[...] for total in sums]
+
+    shapes = [(x.shape[0], y.shape[1]) for x, y in pairs]
+    return pl.run_scoped(multiply, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def product(x, y):
+    """x · y of two tiles in shared memory, in registers and float32."""
+    return products((x, y))[0]
+
+
+def along(vector, shape, axis: int):
+    """A vector along `axis` of a tile, the same over the other."""
+    return jax.lax.broadcast_in_dim(vector, shape, [axis])
+
+
+def load_vector(ref, axis: int):
+    """Vector in HBM or shared memory -> registers, as the entries along `axis` of a tile lie there."""
+    return plgpu.load(ref, layout=plgpu.Layout.WGMMA.reduce(1 - axis), optimized=False)
+
+
+def zeros(*shape):
+    """Sums of a tile, or of its rows, in float32."""
+    layout = plgpu.Layout.WGMMA if len(shape) == 2 else plgpu.Layout.WGMMA.reduce(1)
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
+
+
+def stage(*pairs) -> None:
+    """For each pair registers -> shared memory, where products and copies to HBM read."""
+    for tile, shared in pairs:
+        shared[...] = tile.astype(shared.dtype)
+    plgpu.commit_smem()
+
+
+def write_tile(tile, staged, destination) -> None:
+    """Registers -> HBM, through the shared memory `staged`."""
+    stage((tile, staged))
+    plgpu.copy_smem_to_gmem(staged, destination)
+    plgpu.wait_smem_to_gmem(0)
+
+
+# Warpgroups.
+
+
+def call(kernel, arguments, *, out, scratch, grid: dict[str, int], interpret, name: str):
+    """Runs `kernel(*references)`, with `WARPGROUPS` that compute and one that copies, over the grid.
+
+    Args:
+        kernel: takes references to the arguments, to the outputs and to the scratch.
+        arguments: arrays.
+        out: (shape, dtype) of each output.
+        scratch: a sequence of types.
+        grid: sizes of the axes by name; the hardware counts the last one fastest.
+        interpret: None to compile, or a `plgpu.InterpretGPUParams`.
+        name: name of the kernel.
+    """
+    results = plgpu.kernel(
+        kernel,
+        out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out),
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+        kernel_name=name,
+    )(*arguments)
+    # Pallas does not say over which mesh axes they vary.
+    return vary_alike((results, arguments))[0]
+
+
+def interpreter(interpret):
+    """`interpret` as `call` takes it, from False, True or a `plgpu.InterpretGPUParams`."""
+    if isinstance(interpret, bool):
+        return plgpu.InterpretGPUParams() if interpret else None
+    return interpret
+
+
+class Ring(NamedTuple):
+    """Tiles on their way from HBM to the warpgroups that compute with them.
+
+    Attributes:
+        buffers: of [STAGES, ...] each, in shared memory; a tile is a piece of each.
+        filled: barriers [STAGES], which complete when all pieces of the tile have arrived.
+        freed: barriers [STAGES], which complete when every warpgroup has done with the tile.
+    """
+
+    buffers: tuple
+    filled: Any
+    freed: Any
+
+    def fill(self, num_tiles, pieces) -> None:
+        """Copies `pieces(i)`, references to HBM, for every tile i; to be run by one warpgroup."""
+
+        @pl.loop(0, num_tiles)
+        def _(i):
+            slot = jax.lax.rem(i, STAGES)
+
+            @pl.when(i >= STAGES)
+            def _():
+                plgpu.barrier_wait(self.freed.at[slot])
+
+            for piece, buffer in zip(pieces(i), self.buffers, strict=True):
+                plgpu.copy_gmem_to_smem(piece, buffer.at[slot], self.filled.at[slot])
+
+    def fold(self, num_tiles, function, carry):
+        """`carry = function(i, pieces, carry)` for every tile i; to be run by each warpgroup that computes."""
+
+        def step(i, carry):
+            slot = jax.lax.rem(i, STAGES)
+            plgpu.barrier_wait(self.filled.at[slot])
+            carry = function(i, [buffer.at[slot] for buffer in self.buffers], carry)
+
+            # Nobody waits for the last tiles to be freed.
+            @pl.when(i + STAGES < num_tiles)
+            def _():
+                plgpu.barrier_arrive(self.freed.at[slot])
+
+            return carry
+
+        return jax.lax.fori_loop(0, num_tiles, step, carry)
+
+
+def ring(*pieces) -> Ring:
+    """Scratch for a ring whose tiles consist of `pieces`, (shape, dtype) each."""
+    return Ring(
+        tuple(plgpu.SMEM((STAGES, *shape), dtype) for shape, dtype in pieces),
+        plgpu.Barrier(num_arrivals=len(pieces), num_barriers=STAGES),
+        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+    )
+
+
+def run_roles(compute, copy) -> None:
+    """`compute(warpgroup)` on the warpgroups that do, `copy()` on the last one."""
+    warpgroup = jax.lax.axis_index("warpgroup")
+
+    def role_of_computing():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        compute(warpgroup)
+
+    def role_of_copying():
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        copy()
+
+    jax.lax.cond(warpgroup < WARPGROUPS, role_of_computing, role_of_copying)
