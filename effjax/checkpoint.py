@@ -245,7 +245,7 @@ def digest(tree: Any) -> int:
       FloatingPointError: if an array has an element that is not finite, naming the arrays.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    checked = jax.device_get([_sum_of_bits(leaf) for _, leaf in leaves])
+    checked = jax.device_get(_sums_of_bits([leaf for _, leaf in leaves]))
     poisoned = [
         jax.tree_util.keystr(path)
         for (path, _), (_, is_finite) in zip(leaves, checked, strict=True)
@@ -258,6 +258,10 @@ def digest(tree: Any) -> int:
 
 
 @jax.jit
+def _sums_of_bits(arrays: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    return [_sum_of_bits(x) for x in arrays]
+
+
 def _sum_of_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     finite = jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.array(True)
     unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
