@@ -12,6 +12,7 @@ def stack(d_model, num_layers, mixers):
         "mixers": mixers,
         "dtype": "bfloat16",
         "remat": "dots",
+        "scan_layers": True,
     }
 
 
