@@ -14,7 +14,7 @@ __all__ = ["selective_scan", "selective_scan_decode"]
 
 _OP = "selective_scan"
 
-IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "selective_scan")
+IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "selective_scan", f"{__name__}.gpu")
 
 
 def selective_scan(
@@ -51,7 +51,9 @@ def selective_scan(
         initial_state: float [B, E, N], the state after the tokens before, which are of the first segment of each
             row; None: zeros.
         return_state: also return the state after the last token.
-        implementation: a key of `IMPLEMENTATIONS`; None takes the best for this platform.
+        implementation: "tpu" (Pallas, Mosaic), "gpu" (Pallas, Mosaic GPU: Hopper), "xla", "reference", or
+            "tpu_interpret" and "gpu_interpret", the kernels run anywhere by Pallas' interpreters; None takes the best
+            for this platform and these arguments, and "gpu" only by name.
 
     Returns:
         y [B, T, E] in u's dtype; with `return_state` the pair of it and the state [B, E, N], which is float32 (float64
