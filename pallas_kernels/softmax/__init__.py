@@ -4,8 +4,8 @@ What serves which op, the preferred first:
 
 | op | TPU | elsewhere | memory beside inputs, outputs and their gradients |
 | --- | --- | --- | --- |
-| softmax | "tpu" | "xla" | the output, kept for the backward |
-| cross_entropy | "tpu" | "xla" | a mantissa and an exponent a token |
+| softmax | "tpu" | "xla"; on Hopper "gpu" by name | the output, kept for the backward |
+| cross_entropy | "tpu" | "xla"; on Hopper "gpu" by name | a mantissa and an exponent a token |
 | linear_cross_entropy | "xla": its matrix products dominate | "xla" | the logits of a chunk |
 """
 
@@ -18,8 +18,10 @@ from pallas_kernels.softmax import reference, tpu, xla, xla_linear
 
 __all__ = ["cross_entropy", "linear_cross_entropy", "softmax"]
 
-SOFTMAX_IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "softmax")
-CROSS_ENTROPY_IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "cross_entropy")
+SOFTMAX_IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "softmax", f"{__name__}.gpu")
+CROSS_ENTROPY_IMPLEMENTATIONS = kernels_or_xla(
+    tpu, xla, reference, "cross_entropy", f"{__name__}.gpu"
+)
 LINEAR_CROSS_ENTROPY_IMPLEMENTATIONS = {
     "xla": Implementation(xla_linear.linear_cross_entropy),
     "reference": Implementation(reference.linear_cross_entropy),
@@ -36,8 +38,8 @@ def softmax(x: jax.Array, *, axis: int = -1, implementation: str | None = None) 
     Args:
         x: float, of one axis or more.
         axis: the axis that sums to 1.
-        implementation: "tpu", "xla", "reference" or "tpu_interpret" (the TPU kernels by Pallas's interpreter); None
-            takes the best for this platform.
+        implementation: "tpu", "gpu" (Hopper), "xla", "reference", or "tpu_interpret" and "gpu_interpret", the kernels
+            run anywhere by Pallas' interpreters; None takes the best for this platform, and "gpu" only by name.
 
     Returns:
         x's shape and dtype, computed in at least float32.
@@ -66,8 +68,8 @@ def cross_entropy(
         logits: float [..., V].
         labels: int [...], from 0 to V - 1. The values are not checked: any other is a label without a logit, of
             loss lse.
-        implementation: "tpu", "xla", "reference" or "tpu_interpret" (the TPU kernels by Pallas's interpreter); None
-            takes the best for this platform.
+        implementation: "tpu", "gpu" (Hopper), "xla", "reference", or "tpu_interpret" and "gpu_interpret", the kernels
+            run anywhere by Pallas' interpreters; None takes the best for this platform, and "gpu" only by name.
 
     Returns:
         `(loss [...], lse [...])`, float32 (float64 for float64). The loss is as precise where lse itself is large.
