@@ -19,7 +19,7 @@ __all__ = ["ssd_decode", "ssd_scan"]
 
 _OP = "ssd_scan"
 
-IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "ssd_scan")
+IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "ssd_scan", gpu="pallas_kernels.ssd_scan.gpu")
 
 
 def ssd_scan(
@@ -57,7 +57,9 @@ def ssd_scan(
             row; None: zeros.
         return_state: also return the state after the last token.
         chunk_size: tokens a chunk; None: chosen by the implementation.
-        implementation: a key of `IMPLEMENTATIONS`; None takes the best for this platform.
+        implementation: "tpu" (Pallas, Mosaic), "gpu" (Pallas, Mosaic GPU: Hopper, bfloat16, N up to 128), "xla",
+            "reference", or "tpu_interpret" and "gpu_interpret", the kernels run anywhere by Pallas' interpreters; None
+            takes the best for this platform and these arguments, and "gpu" only by name.
 
     Returns:
         y [B, T, H, P] in x's dtype; with `return_state` the pair of it and the state [B, H, P, N], which is float32
