@@ -4,7 +4,13 @@ One warpgroup only starts copies from HBM to shared memory, the others compute, 
 computed with (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.1). They meet at a `Ring`.
 
 Of WGMMA the kernels use what Pallas' interpreter runs, so that all of them is proven without a GPU: operands in shared
-memory, and sums that begin at 0 and are added to those of the tiles before.
+memory, and sums that begin at 0 and are added to those of the tiles before. Three things that it does not tell:
+
+- What a warpgroup reads of a ring's tile, it has to read before its last `stage` of that tile, which orders the read
+  before the next copy.
+- A loop must not begin with what was just loaded from HBM: under `jax.shard_map` that has another type than what any
+  operation makes of it.
+- Sums over the rows of a tile pass through a scratch of the block, so that two warpgroups must not make them at once.
 """
 
 from typing import Any, NamedTuple
@@ -90,29 +96,45 @@ def write_tile(tile, staged, destination) -> None:
 # Warpgroups.
 
 
-def call(kernel, arguments, *, out, scratch, grid: dict[str, int], interpret, name: str):
-    """Runs `kernel(*references)`, with `WARPGROUPS` that compute and one that copies, over the grid.
+def call(
+    kernel,
+    arguments,
+    *,
+    out,
+    grid: dict[str, int],
+    interpret,
+    name: str,
+    scratch=(),
+    has_roles: bool = True,
+    has_barriers: bool = True,
+):
+    """Runs `kernel(*references)` over the grid.
 
     Args:
         kernel: takes references to the arguments, to the outputs and to the scratch.
         arguments: arrays.
         out: (shape, dtype) of each output.
-        scratch: a sequence of types.
         grid: sizes of the axes by name; the hardware counts the last one fastest.
         interpret: None to compile, or a `plgpu.InterpretGPUParams`.
         name: name of the kernel.
+        scratch: a sequence of types.
+        has_roles: a block has `WARPGROUPS` that compute and one that copies, for `run_roles`; else it is one warpgroup.
+        has_barriers: the compiler puts a barrier around every store; else what warps exchange through shared memory is
+            ordered by `plgpu.commit_smem` alone.
     """
+    threads = {"num_threads": WARPGROUPS + 1, "thread_name": "warpgroup"} if has_roles else {}
     results = plgpu.kernel(
         kernel,
         out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out),
         scratch_types=scratch,
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=not has_barriers
+        ),
         interpret=interpret,
         kernel_name=name,
+        **threads,
     )(*arguments)
     # Pallas does not say over which mesh axes they vary.
     return vary_alike((results, arguments))[0]

@@ -88,7 +88,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
     out = [(inputs.u.shape, u.dtype), ((batch, *of_warps), jnp.float32)]
     if keeps_pasts:
         out.append(((batch, time // spec.chunk, *of_warps), jnp.float32))
-    y, last, *pasts = gpu_chunks.call(
+    y, last, *pasts = hopper.call(
         functools.partial(_kernel, spec),
         (inputs, state.reshape(batch, *of_warps)),
         out=out,
@@ -98,6 +98,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         ),
         grid=gpu_chunks.grid(batch, channels),
         interpret=spec.interpret,
+        has_barriers=False,
         name="selective_scan_forward",
     )
     return y.reshape(u.shape), last.reshape(state.shape), pasts[0] if pasts else None

@@ -59,7 +59,7 @@ def backward(spec: Spec, saved, cotangents):
         out["z"] = (inputs.u.shape, z.dtype)
     d_y = d_y.reshape(inputs.u.shape)
     own = (WARPGROUPS, spec.chunk)
-    results = gpu_chunks.call(
+    results = hopper.call(
         functools.partial(_kernel, spec, tuple(out)),
         (inputs, pasts, d_y, d_last.reshape(of_state[0])),
         out=out.values(),
@@ -72,6 +72,7 @@ def backward(spec: Spec, saved, cotangents):
         ),
         grid=gpu_chunks.grid(batch, channels),
         interpret=spec.interpret,
+        has_barriers=False,
         name="selective_scan_backward",
     )
     d = dict(zip(out, results, strict=True))

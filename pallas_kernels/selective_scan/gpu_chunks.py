@@ -3,14 +3,11 @@
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import STAGES, WARPGROUPS, Ring, ring
 from pallas_kernels.selective_scan.gpu_tile import BLOCK, CHANNELS, WARP_CHANNELS, WARPS
-from pallas_kernels.varying import vary_alike
 
 # Tokens of a chunk: the most whose states, kept by the backward, fit into shared memory.
 CHUNKS = (16, 8, 4)
@@ -149,7 +146,7 @@ def chunk_in_hbm(spec: Spec, streams: dict, batch, block, index) -> list:
     return [x.at[place(name)] for name, x in streams.items()]
 
 
-# Running a kernel.
+# The grid.
 
 
 def grid(batch: int, channels: int) -> dict[str, int]:
@@ -160,21 +157,3 @@ def grid(batch: int, channels: int) -> dict[str, int]:
 def warps_of(block, warpgroup):
     """The slice of E / 16 that a warpgroup has."""
     return pl.ds((block * WARPGROUPS + warpgroup) * WARPS, WARPS)
-
-
-def call(kernel, arguments, *, out, scratch, grid: dict[str, int], interpret, name: str):
-    """`hopper.call` without a barrier around every store: what the warps exchange is ordered by `commit_smem` alone."""
-    results = plgpu.kernel(
-        kernel,
-        out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out),
-        scratch_types=scratch,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        interpret=interpret,
-        kernel_name=name,
-    )(*arguments)
-    # Pallas does not say over which mesh axes they vary.
-    return vary_alike((results, arguments))[0]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.varying import vary_alike
+from pallas_kernels import hopper
 
 # Rows of a block.
 WARPS = 4
@@ -97,18 +97,16 @@ def call(kernel, arguments, *, out, interpret, name: str):
             *references,
         )
 
-    results = plgpu.kernel(
+    return hopper.call(
         body,
-        out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out),
-        grid=(-(-num_rows // WARPS),),
-        grid_names=("rows",),
-        # There is no shared memory to be ordered.
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        arguments,
+        out=out,
+        grid={"rows": -(-num_rows // WARPS)},
         interpret=interpret,
-        kernel_name=name,
-    )(*arguments)
-    # Pallas does not say over which mesh axes they vary.
-    return vary_alike((results, arguments))[0]
+        name=name,
+        has_roles=False,
+        has_barriers=False,  # There is no shared memory to be ordered.
+    )
 
 
 # Registers.
