@@ -21,6 +21,13 @@ def by_chip(cases: dict) -> list:
     ]
 
 
+def rest_slow(cases, *default) -> list:
+    """Cases of which those not in `default` are for `-m slow`: GPU kernels take seconds to be interpreted."""
+    return [
+        case if case in default else pytest.param(case, marks=pytest.mark.slow) for case in cases
+    ]
+
+
 def relative_error(got, want) -> float:
     """|got - want| / |want| over the finite entries of `want`; the others must be equal."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
@@ -56,9 +63,11 @@ def assert_close(
     make_function, inputs: dict, cotangents: dict, dtype: str, implementation: str = "xla"
 ) -> None:
     """Holds `make_function(implementation)` in `dtype` against "reference" in float64 on the same values."""
-    rounded = jax.tree.map(lambda x: np.asarray(jnp.asarray(x, dtype), np.float64), inputs)
+    rounded = jax.tree.map(
+        lambda x: np.asarray(jnp.asarray(x, dtype), np.float64), (inputs, cotangents)
+    )
     with jax.enable_x64(True):
-        want = outputs_and_gradients(make_function("reference"), rounded, cotangents, jnp.float64)
+        want = outputs_and_gradients(make_function("reference"), *rounded, jnp.float64)
         want = {name: np.asarray(x) for name, x in want.items()}
     got = outputs_and_gradients(make_function(implementation), inputs, cotangents, dtype)
     errors = {name: relative_error(got[name], want[name]) for name in want}

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
-from proof import assert_close, needs_cuda_plugin, relative_error
+from proof import assert_close, needs_cuda_plugin, relative_error, rest_slow
 from test_attention_kernel import random_inputs, random_segments
 
 from pallas_kernels import attention, topology
@@ -33,7 +33,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    rest_slow(CASES, "causal, grouped heads", "window and segments", "bidirectional, soft cap"),
+)
 def test_kernel_with_every_gradient_equals_float64(rng, case):
     (batch, num_queries, num_keys, heads, kv_heads), options = CASES[case]
     inputs, cotangents = random_inputs(rng, batch, num_queries, num_keys, heads, kv_heads)
@@ -153,6 +156,7 @@ def test_ranges_are_the_tiles_that_hold_something(rng, order):
                 assert visited.is_full(tile) == part.all()
 
 
+@pytest.mark.slow
 def test_under_vmap_with_segments_of_one_batch(rng):
     arrays = [jnp.stack([x, x[:, ::-1]]) for x in random_arrays(rng, 1, 70, 70, 1, 1)]
     segment_ids = jnp.asarray(random_segments(rng, 1, 70), jnp.int32)

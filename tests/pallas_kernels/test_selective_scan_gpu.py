@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
-from proof import assert_close, needs_cuda_plugin, relative_error
+from proof import assert_close, needs_cuda_plugin, relative_error, rest_slow
 from scan_cases import random_segments
 from test_selective_scan import in_float32, random_inputs
 from test_selective_scan_tpu import shapes
@@ -22,14 +22,15 @@ from pallas_kernels import selective_scan, topology
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.selective_scan import IMPLEMENTATIONS, gpu, gpu_chunks, gpu_tile
 
-# Batch, length, channels, states, whether there are segments, which optional arrays there are. The interpreter takes
-# its time by tokens and by blocks of 128 channels, whatever they hold.
+# Batch, length, channels, states, whether there are segments, which optional arrays there are, dtype. The interpreter
+# takes its time by tokens and by blocks of 128 channels, whatever they hold.
 CASES = {
-    "less than a chunk": (1, 3, 5, 3, False, ("D", "z")),
-    "whole chunks, a whole block": (1, 8, 128, 16, False, ()),
-    "the widest state": (1, 7, 40, 32, True, ("D",)),
-    "rows": (2, 6, 70, 5, True, ("z", "initial_state")),
-    "everything": (1, 14, 130, 9, True, ("D", "z", "initial_state")),
+    "less than a chunk": (1, 3, 5, 3, False, ("D", "z"), "float32"),
+    "whole chunks, a whole block": (1, 8, 128, 16, False, (), "float32"),
+    "the widest state": (1, 7, 40, 32, True, ("D",), "float32"),
+    "rows": (2, 6, 70, 5, True, ("z", "initial_state"), "float32"),
+    "everything": (1, 14, 130, 9, True, ("D", "z", "initial_state"), "float32"),
+    "everything, bfloat16": (1, 14, 130, 9, True, ("D", "z", "initial_state"), "bfloat16"),
 }
 
 
@@ -48,11 +49,9 @@ def test_chunks_as_the_hardware_has_them(rng):
     assert_like_xla(gradients, "gpu_interpret", inputs, tolerance=1e-2)
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"), [(case, "float32") for case in CASES] + [("everything", "bfloat16")]
-)
-def test_kernels_with_every_gradient_equal_float64(rng, short_chunks, case, dtype):
-    batch, length, channels, states, has_segments, optional = CASES[case]
+@pytest.mark.parametrize("case", rest_slow(CASES, "the widest state", "everything, bfloat16"))
+def test_kernels_with_every_gradient_equal_float64(rng, short_chunks, case):
+    batch, length, channels, states, has_segments, optional, dtype = CASES[case]
     inputs = random_inputs(rng, batch, length, channels, states)
     cotangents = {"y": rng.normal(size=inputs["u"].shape)}
     cotangents["state"] = rng.normal(size=inputs["initial_state"].shape)
@@ -108,7 +107,7 @@ def assert_like_xla(function, implementation, inputs, segment_ids=None, toleranc
         assert relative_error(x.astype(jnp.float32), y.astype(jnp.float32)) < tolerance
 
 
-@pytest.mark.parametrize("function", [outputs, gradients])
+@pytest.mark.parametrize("function", [pytest.param(outputs, marks=pytest.mark.slow), gradients])
 def test_no_race_with_more_chunks_than_a_ring_holds(rng, short_chunks, race_detector, function):
     inputs = in_float32(random_inputs(rng, 1, 29, 70, 9))
     chunk = gpu_chunks.chunk_size(inputs["u"], inputs["delta"], inputs["z"], 16)
@@ -148,6 +147,7 @@ def test_a_long_decay_underflows_to_zero_and_not_to_nan(rng, short_chunks):
     assert relative_error(y, want) < 1e-5
 
 
+@pytest.mark.slow
 def test_under_vmap(rng, short_chunks):
     rows = [in_float32(random_inputs(rng, 1, 5, 5, 3)) for _ in range(2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *rows)
