@@ -12,7 +12,7 @@ from pallas_kernels.decode_attention import reference, tpu, xla
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.varying import vary_alike
 
-IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "decode_attention")
+IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "decode_attention", f"{__name__}.gpu")
 
 
 def decode_attention(
@@ -47,8 +47,9 @@ def decode_attention(
         scale: factor on the logits; 1/sqrt(D) by default.
         logits_soft_cap: c of logits <- c tanh(logits / c), applied after `scale`; None: none.
         return_lse: also return the log-sum-exp of the logits.
-        implementation: "tpu" (Pallas, Mosaic), "xla", "reference", or "tpu_interpret", the TPU kernel run
-            anywhere by Pallas' interpreter; None takes the best for this platform and these arguments.
+        implementation: "tpu" (Pallas, Mosaic), "gpu" (Pallas, Mosaic GPU: Hopper, bfloat16), "xla", "reference",
+            or "tpu_interpret" and "gpu_interpret", the kernels run anywhere by Pallas' interpreters; None takes
+            the best for this platform and these arguments, and "gpu" only by name.
 
     Returns:
         out [B, Tq, H, Dv] in v_cache's dtype; with `return_lse` the pair of it and lse [B, Tq, H], float32 (float64
