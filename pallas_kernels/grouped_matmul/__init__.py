@@ -5,7 +5,10 @@ What serves where, the preferred first:
 | implementation | platform | what it is |
 | --- | --- | --- |
 | "tpu" | TPU | `jax.lax.ragged_dot`, XLA's own grouped kernels |
+| "gpu" | GPU (Hopper, bfloat16), only by name | two Pallas kernels, Mosaic GPU |
 | "xla" | all | a loop over groups and their row tiles |
+
+"gpu_interpret" is "gpu" run anywhere by Pallas' interpreter.
 
 On TPU `ragged_dot` was compared with megablox (`jax.experimental.pallas.ops.tpu.megablox`) before writing anything, by
 static schedule for v5e (libtpu 0.0.51): M = 4096, K = 1024, N = 4096, 8 groups, bfloat16; bundles of a grid step, times
@@ -21,16 +24,37 @@ Megablox takes 3 to 10 % fewer, 42 % for d_rhs, but needs tiles chosen by hand f
 some dozens of small programs before each product to lay out the visits. Neither has been timed on a TPU.
 """
 
+import dataclasses
+import functools
+import importlib
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.dispatch import Implementation, call
 from pallas_kernels.grouped_matmul import reference, tpu, xla
 
+
+def _of_gpu(name: str, *arguments, **options):
+    """Calls a function of `gpu`, which is imported when it is used: its part of Pallas takes long to import."""
+    return getattr(importlib.import_module(f"{__name__}.gpu"), name)(*arguments, **options)
+
+
+# Not yet run or timed on a GPU, only interpreted and compiled for one, so that it has to be named.
+_GPU = Implementation(
+    functools.partial(_of_gpu, "grouped_matmul"),
+    platforms=("gpu",),
+    automatic=False,
+    refuses=functools.partial(_of_gpu, "refuses"),
+)
 IMPLEMENTATIONS = {
     "tpu": Implementation(tpu.grouped_matmul, platforms=("tpu",)),
+    "gpu": _GPU,
     "xla": Implementation(xla.grouped_matmul),
     "reference": Implementation(reference.grouped_matmul),
+    "gpu_interpret": dataclasses.replace(
+        _GPU, function=functools.partial(_GPU.function, interpret=True), platforms=None
+    ),
 }
 
 
@@ -47,7 +71,8 @@ def grouped_matmul(
         lhs: float [M, K].
         rhs: float [G, K, N].
         group_sizes: int [G], not negative, of sum at most M. The values are not checked.
-        implementation: "tpu", "xla" or "reference"; None takes the best for this platform.
+        implementation: "tpu", "gpu", "xla", "reference" or "gpu_interpret"; None takes the best for this platform,
+            and "gpu" only by name.
 
     Returns:
         [M, N] in lhs's dtype, accumulated in at least float32.
