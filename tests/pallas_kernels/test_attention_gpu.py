@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_proof import detect_races
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 from proof import assert_close, needs_cuda_plugin, relative_error, rest_slow
 from test_attention_kernel import random_inputs, random_segments
@@ -19,7 +19,6 @@ from pallas_kernels import attention, topology
 from pallas_kernels.attention import IMPLEMENTATIONS, gpu, gpu_tile, visits
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens
-from pallas_kernels.dispatch import Implementation
 
 # [B, Tq, Tk, H, Hkv] and options. The interpreter takes its time by blocks of 128 rows, whatever they hold.
 CASES = {
@@ -85,10 +84,7 @@ def assert_close_to_xla(got, function, arrays):
 
 @pytest.fixture
 def race_detector(monkeypatch):
-    """Memory starts as NaN, and the interpreter raises where two accesses have no barrier between them."""
-    params = plgpu.InterpretGPUParams(detect_races=True)
-    checked = Implementation(functools.partial(gpu.attention, interpret=params), automatic=False)
-    monkeypatch.setitem(IMPLEMENTATIONS, "gpu_checked", checked)
+    detect_races(monkeypatch, IMPLEMENTATIONS, gpu.attention)
 
 
 def test_no_race_in_the_forward_with_more_tiles_than_a_ring_holds(rng, race_detector):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_proof import detect_races
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 from proof import assert_close, needs_cuda_plugin, relative_error, rest_slow
 from scan_cases import random_segments
@@ -19,7 +19,6 @@ from test_selective_scan import in_float32, random_inputs
 from test_selective_scan_tpu import shapes
 
 from pallas_kernels import selective_scan, topology
-from pallas_kernels.dispatch import Implementation
 from pallas_kernels.selective_scan import IMPLEMENTATIONS, gpu, gpu_chunks, gpu_tile
 
 # Batch, length, channels, states, whether there are segments, which optional arrays there are, dtype. The interpreter
@@ -76,12 +75,7 @@ def test_kernels_with_every_gradient_equal_float64(rng, short_chunks, case):
 
 @pytest.fixture
 def race_detector(monkeypatch):
-    """Memory starts as NaN, and the interpreter raises where two accesses have no barrier between them."""
-    params = plgpu.InterpretGPUParams(detect_races=True)
-    checked = Implementation(
-        functools.partial(gpu.selective_scan, interpret=params), automatic=False
-    )
-    monkeypatch.setitem(IMPLEMENTATIONS, "gpu_checked", checked)
+    detect_races(monkeypatch, IMPLEMENTATIONS, gpu.selective_scan)
 
 
 def outputs(implementation, inputs, segment_ids=None):

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_proof import detect_races
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 from proof import assert_close, needs_cuda_plugin, relative_error
 from test_softmax import EXTREMES, extreme_rows
 
 from pallas_kernels import cross_entropy, softmax, topology
-from pallas_kernels.dispatch import Implementation
 from pallas_kernels.softmax import (
     CROSS_ENTROPY_IMPLEMENTATIONS,
     SOFTMAX_IMPLEMENTATIONS,
@@ -130,14 +129,8 @@ def gradient_of_all(implementation, x, labels):
 
 
 def test_no_race(rng, monkeypatch):
-    """Memory starts as NaN, and the interpreter raises where two accesses have no barrier between them."""
-    params = plgpu.InterpretGPUParams(detect_races=True)
-    for table, function in (
-        (SOFTMAX_IMPLEMENTATIONS, gpu.softmax),
-        (CROSS_ENTROPY_IMPLEMENTATIONS, gpu.cross_entropy),
-    ):
-        checked = Implementation(functools.partial(function, interpret=params), automatic=False)
-        monkeypatch.setitem(table, "gpu_checked", checked)
+    detect_races(monkeypatch, SOFTMAX_IMPLEMENTATIONS, gpu.softmax)
+    detect_races(monkeypatch, CROSS_ENTROPY_IMPLEMENTATIONS, gpu.cross_entropy)
     x, labels = arrays_of(rng, rows=8)
     got, want = (
         jax.jit(functools.partial(gradient_of_all, name))(x, labels)

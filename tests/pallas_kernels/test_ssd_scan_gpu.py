@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from gpu_proof import detect_races
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 from proof import assert_close, compile_with_gradients, needs_cuda_plugin, rest_slow
 from scan_cases import random_segments
 from test_ssd_scan_tpu import random_inputs, shapes
 
 from pallas_kernels import ssd_scan, topology
-from pallas_kernels.dispatch import Implementation
 from pallas_kernels.ssd_scan import IMPLEMENTATIONS, gpu, gpu_block
 from pallas_kernels.ssd_scan.gpu_chunk import CHUNK
 
@@ -103,10 +102,7 @@ def test_a_step_that_is_forgotten_at_once_or_that_grows(rng):
 
 @pytest.fixture
 def race_detector(monkeypatch):
-    """Memory starts as NaN, and the interpreter raises where two accesses have no barrier between them."""
-    params = plgpu.InterpretGPUParams(detect_races=True)
-    checked = Implementation(functools.partial(gpu.ssd_scan, interpret=params), automatic=False)
-    monkeypatch.setitem(IMPLEMENTATIONS, "gpu_checked", checked)
+    detect_races(monkeypatch, IMPLEMENTATIONS, gpu.ssd_scan)
 
 
 @pytest.mark.parametrize(
