@@ -7,7 +7,7 @@ implementation that cannot run here is an error: there is no silent fallback.
 
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Mapping
 from types import ModuleType
@@ -71,6 +71,7 @@ def kernels_or_xla(
     reference: ModuleType,
     op: str,
     gpu: str | None = None,
+    triton: str | None = None,
 ) -> dict[str, Implementation]:
     """The table of an op with kernels for TPU: those, XLA elsewhere, the reference, and the kernels interpreted.
 
@@ -80,22 +81,39 @@ def kernels_or_xla(
         op: name of the function.
         gpu: name of a module like `tpu`, where there are kernels for GPU; it is imported when it is used, because their
             part of Pallas takes twice as long to import as this package.
+        triton: name of a module like `tpu`, where there are Triton kernels; it may import Triton and jax_triton, which
+            are extras.
     """
     table = {"tpu": Implementation(getattr(tpu, op), platforms=("tpu",), refuses=tpu.refuses)}
     if gpu is not None:
-        # Not yet run or timed on a GPU, only interpreted and compiled for one, so that it has to be named.
-        table["gpu"] = Implementation(
-            _later(gpu, op), platforms=("gpu",), automatic=False, refuses=_later(gpu, "refuses")
+        table["gpu"] = on_gpu(gpu, op)
+    if triton is not None:
+        kernels = on_gpu(triton, op)
+        table["triton"] = dataclasses.replace(
+            kernels, refuses=_refuses_without_triton(kernels.refuses)
         )
     table["xla"] = Implementation(getattr(xla, op))
     table["reference"] = Implementation(getattr(reference, op))
-    for name in ("tpu", "gpu"):
+    for name in ("tpu", "gpu", "triton"):
         if name in table:
-            interpreted = functools.partial(table[name].function, interpret=True)
-            table[f"{name}_interpret"] = dataclasses.replace(
-                table[name], function=interpreted, platforms=None, automatic=False
-            )
+            table[f"{name}_interpret"] = interpreted(table[name])
     return table
+
+
+def on_gpu(module: str, op: str) -> Implementation:
+    """The kernels for GPU in a module, which is imported when they are used.
+
+    They have been interpreted and compiled for GPUs, but not yet run or timed on one, and so have to be named.
+    """
+    return Implementation(
+        _later(module, op), platforms=("gpu",), automatic=False, refuses=_later(module, "refuses")
+    )
+
+
+def interpreted(kernels: Implementation) -> Implementation:
+    """Kernels run by an interpreter, on any platform."""
+    function = functools.partial(kernels.function, interpret=True)
+    return dataclasses.replace(kernels, function=function, platforms=None, automatic=False)
 
 
 def _later(module: str, name: str) -> Callable:
@@ -103,6 +121,17 @@ def _later(module: str, name: str) -> Callable:
 
     def function(*arguments, **options):
         return getattr(importlib.import_module(module), name)(*arguments, **options)
+
+    return function
+
+
+def _refuses_without_triton(refuses: Callable[..., str | None]) -> Callable[..., str | None]:
+    """`refuses`, which can be asked only where its module can be imported."""
+
+    def function(*arguments, **options) -> str | None:
+        if importlib.util.find_spec("jax_triton") is None:
+            return "jax_triton is not installed: pip install 'effjax[triton]'"
+        return refuses(*arguments, **options)
 
     return function
 

@@ -10,7 +10,9 @@ from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.checks import check_positive_int
 from pallas_kernels.dispatch import call, kernels_or_xla
 
-IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "attention", f"{__name__}.gpu")
+IMPLEMENTATIONS = kernels_or_xla(
+    tpu, xla, reference, "attention", gpu=f"{__name__}.gpu", triton=f"{__name__}.triton"
+)
 
 
 def attention(
@@ -47,9 +49,10 @@ def attention(
         scale: factor on the logits; 1/sqrt(D) by default.
         logits_soft_cap: c of logits <- c tanh(logits / c), applied after `scale`; None: none.
         return_lse: also return the log-sum-exp of the logits.
-        implementation: "tpu" (Pallas, Mosaic), "gpu" (Pallas, Mosaic GPU: Hopper, bfloat16), "xla", "reference",
-            or "tpu_interpret" and "gpu_interpret", the kernels run anywhere by Pallas' interpreters; None takes
-            the best for this platform and these arguments, and "gpu" only by name.
+        implementation: "tpu" (Pallas, Mosaic), "gpu" (Pallas, Mosaic GPU: Hopper, bfloat16), "triton" (Triton: GPUs
+            since Ampere), "xla", "reference", or "tpu_interpret", "gpu_interpret" and "triton_interpret", the
+            kernels run anywhere by the interpreters of Pallas and Triton; None takes the best for this platform and
+            these arguments, "gpu" and "triton" only by name.
 
     Returns:
         out [B, Tq, H, Dv] in v's dtype; with `return_lse` the pair of it and lse [B, Tq, H], float32 (float64

@@ -24,37 +24,19 @@ Megablox takes 3 to 10 % fewer, 42 % for d_rhs, but needs tiles chosen by hand f
 some dozens of small programs before each product to lay out the visits. Neither has been timed on a TPU.
 """
 
-import dataclasses
-import functools
-import importlib
-
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, call
+from pallas_kernels.dispatch import Implementation, call, interpreted, on_gpu
 from pallas_kernels.grouped_matmul import reference, tpu, xla
 
-
-def _of_gpu(name: str, *arguments, **options):
-    """Calls a function of `gpu`, which is imported when it is used: its part of Pallas takes long to import."""
-    return getattr(importlib.import_module(f"{__name__}.gpu"), name)(*arguments, **options)
-
-
-# Not yet run or timed on a GPU, only interpreted and compiled for one, so that it has to be named.
-_GPU = Implementation(
-    functools.partial(_of_gpu, "grouped_matmul"),
-    platforms=("gpu",),
-    automatic=False,
-    refuses=functools.partial(_of_gpu, "refuses"),
-)
+_ON_GPU = on_gpu(f"{__name__}.gpu", "grouped_matmul")
 IMPLEMENTATIONS = {
     "tpu": Implementation(tpu.grouped_matmul, platforms=("tpu",)),
-    "gpu": _GPU,
+    "gpu": _ON_GPU,
     "xla": Implementation(xla.grouped_matmul),
     "reference": Implementation(reference.grouped_matmul),
-    "gpu_interpret": dataclasses.replace(
-        _GPU, function=functools.partial(_GPU.function, interpret=True), platforms=None
-    ),
+    "gpu_interpret": interpreted(_ON_GPU),
 }
 
 

@@ -1,4 +1,4 @@
-"""Linear attention: signatures, validation and dispatch. `reference`, `xla` and `tpu` hold the implementations."""
+"""Linear attention: signatures, validation and dispatch; the implementations are files of their own."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,9 @@ __all__ = [
     "linear_attention_decode",
 ]
 
-IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "linear_attention")
+IMPLEMENTATIONS = kernels_or_xla(
+    tpu, xla, reference, "linear_attention", gpu=f"{__name__}.gpu", triton=f"{__name__}.triton"
+)
 
 
 def linear_attention(
@@ -56,8 +58,10 @@ def linear_attention(
         eps: added to the sum of the weights; positive, so that padding, which sees nothing, has out 0.
         initial_state: state of the tokens before, which are of the first segment of each row; None: none.
         return_state: also return the state after the last token, which is that of the last segment of each row.
-        implementation: "tpu", "xla", "reference" or "tpu_interpret" (the TPU kernels by Pallas's interpreter); None
-            takes the best for this platform.
+        implementation: "tpu" (Pallas, Mosaic), "gpu" (Pallas, Mosaic GPU: Hopper, bfloat16), "triton" (Triton: GPUs
+            since Ampere), "xla", "reference", or "tpu_interpret", "gpu_interpret" and "triton_interpret", the
+            kernels run anywhere by the interpreters of Pallas and Triton; None takes the best for this platform and
+            these arguments, "gpu" and "triton" only by name.
 
     Returns:
         out [B, T, H, Dv] in v's dtype; with `return_state` the pair of it and a `LinearAttentionState`.
