@@ -1,13 +1,17 @@
 """How much of linear attention a TPU core takes at a time."""
 
 import dataclasses
+from pathlib import Path
 
 import jax.numpy as jnp
+
+from pallas_kernels.blocks import Shape, Sizes, Table
 
 LANES = 128
 # Of the 16 MiB that a kernel may use on a v5e; the rest is for what the compiler keeps beside.
 VMEM_BYTES = 12 * 2**20
-MAX_HEADS = 4
+# Heads fill each other's waits.
+MAX_HEADS = 8
 MAX_TOKENS = 1024
 
 
@@ -26,6 +30,27 @@ class Blocks:
     heads: int
 
 
+def _flaw(sizes: Sizes, shape: Shape) -> str | None:
+    if sizes["chunk"] % LANES:
+        return f"chunk={sizes['chunk']} is no multiple of {LANES}"
+    if sizes["tokens"] % sizes["chunk"]:
+        return f"tokens={sizes['tokens']} is no multiple of chunk={sizes['chunk']}"
+    if sizes["tokens"] > max(LANES, shape["time"]):
+        return f"tokens={sizes['tokens']} is more than there are, {shape['time']}"
+    if shape["heads"] % sizes["heads"]:
+        return f"heads={sizes['heads']} does not divide the heads, {shape['heads']}"
+    return None
+
+
+TABLE = Table(
+    path=Path(__file__).with_name("blocks.json"),
+    lengths=("time",),
+    others=("heads", "dim", "value_dim", "num_features", "dtype"),
+    sizes=tuple(field.name for field in dataclasses.fields(Blocks)),
+    flaw=_flaw,
+)
+
+
 def ones_rows(dtype) -> int:
     """Rows of a register: what a row of ones below the values costs."""
     return 32 // jnp.dtype(dtype).itemsize
@@ -42,7 +67,7 @@ def blocks(
     device_kind: str,
     chunk_size: int | None = None,
 ) -> Blocks | None:
-    """The largest blocks that fit into VMEM; None where the smallest does not.
+    """The blocks of `TABLE`, or else the largest that fit into VMEM; None where the smallest does not.
 
     Args:
         time: tokens.
@@ -52,8 +77,28 @@ def blocks(
         num_features: F of the kernel.
         dtype: of q, k and v.
         device_kind: a chunk is as long as the matrix unit of the chip is wide.
-        chunk_size: tokens a chunk, rounded up to whole registers; None: by the device, less where that cannot fit.
+        chunk_size: tokens a chunk, rounded up to whole registers; None: by table or device, less where that cannot fit.
     """
+    shape = {
+        "heads": heads,
+        "dim": dim,
+        "value_dim": value_dim,
+        "num_features": num_features,
+        "dtype": jnp.dtype(dtype).name,
+    }
+    by_rule = _by_rule(time=time, device_kind=device_kind, chunk_size=chunk_size, **shape)
+    if by_rule is None or chunk_size is not None:
+        return by_rule
+    sizes = TABLE.choose(device_kind, dataclasses.asdict(by_rule), time=time, **shape)
+    # Of a bucket of lengths the table has the sizes of the longest.
+    whole = _round_up(time, LANES)
+    chunk = min(sizes["chunk"], whole)
+    return Blocks(chunk, chunk * max(1, min(sizes["tokens"], whole) // chunk), sizes["heads"])
+
+
+def _by_rule(
+    *, time, heads, dim, value_dim, num_features, dtype, device_kind, chunk_size
+) -> Blocks | None:
     whole = _round_up(time, LANES)
     if chunk_size is not None:
         chunks = (_round_up(chunk_size, LANES),)

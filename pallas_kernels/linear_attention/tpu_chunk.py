@@ -13,6 +13,9 @@ of ones (so that the sum of the weights comes out beside the sum of the values),
     Z = S + Σ_s v_s φ(k_s)ᵀ                       dφ(k_s) = Σ_t φ(q_t) dw_st + dZᵀ v_s
     dS = dZ + Σ_t u_t φ(q_t)ᵀ                     dv_s = Σ_t u_t w_st + dZ φ(k_s)
 
+Heads are independent, and one product of one head waits for another: each step below is taken for all heads of a block
+before the next one, since the compiler keeps about to the order of the program. So heads fill each other's waits.
+
 Everything is [rows, tokens]: tokens fill the 128 lanes whatever the head dimension, and each product takes its
 operands as they lie, but for keys and values on the left of w and dw, which the compiler transposes.
 """
@@ -62,22 +65,27 @@ def forward(spec: Spec, q, k, v, rows, state, out, total, last, carry):
         carry: scratch float32 [H, E + ones, F].
     """
     _start(carry, state)
-    features, dim, block = spec.features, v.shape[2], pl.program_id(2)
+    features, heads, dim = spec.features, range(q.shape[1]), v.shape[2]
+    block = pl.program_id(2)
 
     def chunk(tokens):
         mask = _mask(spec, rows, tokens, block)
-        for h in range(q.shape[1]):
-            values = _with_ones(v[0, h, :, tokens], mask)
-            phi_q, phi_k = (features.expand(_wide(x[0, h, :, tokens])) for x in (q, k))
-            left, right = _operands(features, (k, q), (phi_k, phi_q), h, tokens, v.dtype)
-            weights = _weights(features, left, right, mask)
-            phi_q, phi_k = _masked(phi_q, mask.from_past), _masked(phi_k, mask.to_state)
-            past = carry[h]
-            sums = _dot(values, weights.astype(v.dtype), PLAIN)
-            sums += _dot(past.astype(v.dtype), phi_q.astype(v.dtype), PLAIN)
-            carry[h] = _masked(past, mask.keeps) + _dot(values, phi_k.astype(v.dtype), LANES)
-            total_row = sums[dim : dim + 1] + spec.eps
-            numerator = sums[:dim]
+        values = [_with_ones(v[0, h, :, tokens], mask) for h in heads]
+        phi_q, phi_k = (_expanded(features, x, heads, tokens) for x in (q, k))
+        left, right = _operands(features, (k, q), (phi_k, phi_q), heads, tokens, v.dtype)
+        weights = [
+            _weights(features, *x, mask).astype(v.dtype) for x in zip(left, right, strict=True)
+        ]
+        phi_q = [_masked(x, mask.from_past).astype(v.dtype) for x in phi_q]
+        phi_k = [_masked(x, mask.to_state).astype(v.dtype) for x in phi_k]
+        pasts = [carry[h] for h in heads]
+        sums = [_dot(pasts[h].astype(v.dtype), phi_q[h], PLAIN) for h in heads]
+        sums = [sums[h] + _dot(values[h], weights[h], PLAIN) for h in heads]
+        for h in heads:
+            carry[h] = _masked(pasts[h], mask.keeps) + _dot(values[h], phi_k[h], LANES)
+        for h in heads:
+            total_row = sums[h][dim : dim + 1] + spec.eps
+            numerator = sums[h][:dim]
             out[0, h, :, tokens] = (
                 numerator * (1 / total_row) if spec.normalize else numerator
             ).astype(out.dtype)
@@ -100,30 +108,32 @@ def query_gradient(spec: Spec, q, k, v, rows, state, d_out, scales, dq, carry):
         carry: scratch float32 [H, F, E + ones].
     """
     _start(carry, state)
-    features, block = spec.features, pl.program_id(2)
+    features, heads, block = spec.features, range(q.shape[1]), pl.program_id(2)
 
     def chunk(tokens):
         mask = _mask(spec, rows, tokens, block)
-        for h in range(q.shape[1]):
-            values = _with_ones(v[0, h, :, tokens], mask)
-            d_sums = _gradient_of_sums(d_out, scales, h, tokens)
-            queries = _wide(q[0, h, :, tokens])
-            phi_k = features.expand(_wide(k[0, h, :, tokens]))
-            d_weights = jnp.where(mask.allowed, _dot(values, d_sums, ROWS), 0)
-            past = carry[h]
-            d_phi = _masked(_dot(past.astype(v.dtype), d_sums, PLAIN), mask.from_past)
-            if features.weigh is None:
-                d_phi += _dot(phi_k.astype(v.dtype), d_weights.astype(v.dtype), PLAIN)
-                d_queries = features.pull(queries, d_phi)
-            else:
-                keys = k[0, h, :, tokens]
-                products = _dot(keys, q[0, h, :, tokens], ROWS)
-                d_products = d_weights * features.slope(products)
-                d_queries = _dot(keys, d_products.astype(v.dtype), PLAIN)
-                d_queries += features.pull(queries, d_phi)
-            dq[0, h, :, tokens] = d_queries.astype(dq.dtype)
-            phi_k = _masked(phi_k, mask.to_state).astype(v.dtype)
-            carry[h] = _masked(past, mask.keeps) + _dot(phi_k, values, LANES)
+        values = [_with_ones(v[0, h, :, tokens], mask) for h in heads]
+        d_sums = [_gradient_of_sums(d_out, scales, h, tokens) for h in heads]
+        phi_k = _expanded(features, k, heads, tokens)
+        d_weights = [jnp.where(mask.allowed, _dot(values[h], d_sums[h], ROWS), 0) for h in heads]
+        pasts = [carry[h] for h in heads]
+        d_phi = [
+            _masked(_dot(pasts[h].astype(v.dtype), d_sums[h], PLAIN), mask.from_past) for h in heads
+        ]
+        if features.weigh is None:
+            for h in heads:
+                d_phi[h] += _dot(phi_k[h].astype(v.dtype), d_weights[h].astype(v.dtype), PLAIN)
+        d_queries = [features.pull(_wide(q[0, h, :, tokens]), d_phi[h]) for h in heads]
+        if features.weigh is not None:
+            keys = [k[0, h, :, tokens] for h in heads]
+            products = [_dot(keys[h], q[0, h, :, tokens], ROWS) for h in heads]
+            for h in heads:
+                d_products = d_weights[h] * features.slope(products[h])
+                d_queries[h] += _dot(keys[h], d_products.astype(v.dtype), PLAIN)
+        phi_k = [_masked(x, mask.to_state).astype(v.dtype) for x in phi_k]
+        for h in heads:
+            carry[h] = _masked(pasts[h], mask.keeps) + _dot(phi_k[h], values[h], LANES)
+            dq[0, h, :, tokens] = d_queries[h].astype(dq.dtype)
 
     _for_each_chunk(spec, chunk)
 
@@ -141,37 +151,40 @@ def key_value_gradient(spec: Spec, q, k, v, rows, d_last, d_out, scales, dk, dv,
         carry: scratch float32 [H, F, E + ones], the gradient of the state after a chunk.
     """
     _start(carry, d_last)
-    features, dim = spec.features, v.shape[2]
+    features, heads, dim = spec.features, range(q.shape[1]), v.shape[2]
     block = pl.num_programs(2) - 1 - pl.program_id(2)
 
     def chunk(tokens):
         mask = _mask(spec, rows, tokens, block)
-        for h in range(q.shape[1]):
-            values = _with_ones(v[0, h, :, tokens], mask)
-            d_sums = _gradient_of_sums(d_out, scales, h, tokens)
-            keys = _wide(k[0, h, :, tokens])
-            phi_q, phi_k = (features.expand(x) for x in (_wide(q[0, h, :, tokens]), keys))
-            left, right = _operands(features, (k, q), (phi_k, phi_q), h, tokens, v.dtype)
-            products = _dot(left, right, ROWS)
-            weights = products if features.weigh is None else features.weigh(products)
-            weights = jnp.where(mask.allowed, weights, 0).astype(v.dtype)
-            d_products = jnp.where(mask.allowed, _dot(values, d_sums, ROWS), 0)
-            if features.slope is not None:
-                d_products *= features.slope(products)
-            phi_q = _masked(phi_q, mask.from_past).astype(v.dtype)
-            phi_k = _masked(phi_k, mask.to_state).astype(v.dtype)
+        values = [_with_ones(v[0, h, :, tokens], mask) for h in heads]
+        d_sums = [_gradient_of_sums(d_out, scales, h, tokens) for h in heads]
+        phi_q, phi_k = (_expanded(features, x, heads, tokens) for x in (q, k))
+        left, right = _operands(features, (k, q), (phi_k, phi_q), heads, tokens, v.dtype)
+        products = [_dot(*x, ROWS) for x in zip(left, right, strict=True)]
+        d_products = [jnp.where(mask.allowed, _dot(values[h], d_sums[h], ROWS), 0) for h in heads]
+        if features.slope is not None:
+            d_products = [d_products[h] * features.slope(products[h]) for h in heads]
+        weights = products if features.weigh is None else [features.weigh(x) for x in products]
+        weights = [jnp.where(mask.allowed, x, 0).astype(v.dtype) for x in weights]
+        phi_q = [_masked(x, mask.from_past).astype(v.dtype) for x in phi_q]
+        phi_k = [_masked(x, mask.to_state).astype(v.dtype) for x in phi_k]
 
-            d_after = carry[h]
-            d_phi = _masked(_dot(d_after.astype(v.dtype), values, PLAIN), mask.to_state)
-            d_keys = _dot(right, d_products.astype(v.dtype), LANES)
+        after = [carry[h] for h in heads]
+        d_after = [x.astype(v.dtype) for x in after]
+        d_phi = [_masked(_dot(d_after[h], values[h], PLAIN), mask.to_state) for h in heads]
+        d_keys = [_dot(right[h], d_products[h].astype(v.dtype), LANES) for h in heads]
+        d_values = [_dot(d_sums[h], weights[h], LANES) for h in heads]
+        for h in heads:
+            d_values[h] += _dot(d_after[h], phi_k[h], ROWS)
+            carry[h] = _masked(after[h], mask.keeps) + _dot(phi_q[h], d_sums[h], LANES)
+        for h in heads:
+            keys = _wide(k[0, h, :, tokens])
             if features.weigh is None:
-                d_keys = features.pull(keys, d_phi + d_keys)
+                d_key = features.pull(keys, d_phi[h] + d_keys[h])
             else:
-                d_keys += features.pull(keys, d_phi)
-            d_values = _dot(d_sums, weights, LANES) + _dot(d_after.astype(v.dtype), phi_k, ROWS)
-            dk[0, h, :, tokens] = d_keys.astype(dk.dtype)
-            dv[0, h, :, tokens] = d_values[:dim].astype(dv.dtype)
-            carry[h] = _masked(d_after, mask.keeps) + _dot(phi_q, d_sums, LANES)
+                d_key = d_keys[h] + features.pull(keys, d_phi[h])
+            dk[0, h, :, tokens] = d_key.astype(dk.dtype)
+            dv[0, h, :, tokens] = d_values[h][:dim].astype(dv.dtype)
 
     _for_each_chunk(spec, chunk, reverse=True)
     _finish(carry, d_state)
@@ -216,11 +229,15 @@ def _weights(features, left, right, mask):
     return jnp.where(mask.allowed, weights, 0)
 
 
-def _operands(features, vectors, expanded, h, tokens, dtype):
+def _expanded(features, x, heads, tokens) -> list:
+    return [features.expand(_wide(x[0, h, :, tokens])) for h in heads]
+
+
+def _operands(features, vectors, expanded, heads, tokens, dtype) -> list[list]:
     """What the weights are inner products of: the vectors themselves where the map can weigh these."""
     if features.weigh is None:
-        return tuple(x.astype(dtype) for x in expanded)
-    return tuple(x[0, h, :, tokens] for x in vectors)
+        return [[y.astype(dtype) for y in x] for x in expanded]
+    return [[x[0, h, :, tokens] for h in heads] for x in vectors]
 
 
 def _gradient_of_sums(d_out, scales, h, tokens):

@@ -12,24 +12,23 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import target
 from pallas_kernels.selective_scan import tpu_backward
+from pallas_kernels.selective_scan.tpu_blocks import LANES, block_channels
 from pallas_kernels.selective_scan.tpu_tile import (
-    LANES,
     LOG2_E,
     SUBLANES,
     VMEM_LIMIT,
     Blocks,
-    Columns,
     Spec,
     StateSums,
+    columns,
     decay,
     for_each_register,
     row,
 )
 from pallas_kernels.varying import interpreter, shaped_like
 
-# Channels a block: the first that divides them.
-CHANNELS = (512, 256, 128)
 # A chunk of states, [128, N, channels], has to fit into VMEM.
 MOST_STATES = 64
 
@@ -63,7 +62,13 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
     D = pad(None if D is None else D[None], 0, more_channels)
     resets = pad(None if resets is None else resets[:, None].astype(jnp.int32), 0, 0, more_time)
     state = pad(state.swapaxes(1, 2), 0, more_states, more_channels)
-    block = next(size for size in CHANNELS if u.shape[2] % size == 0)
+    block = block_channels(
+        target().device_kind,
+        time=time,
+        channels=u.shape[2],
+        states=A.shape[0],
+        dtype=u.dtype.name,
+    )
     y, state = _scan(Spec(block, interpreter(interpret, u)), u, delta, A, B, C, D, z, resets, state)
     return y[:, :time, :channels], state[:, :states, :channels].swapaxes(1, 2)
 
@@ -99,7 +104,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
     rows = pltpu.VMEM((spec.chunk, spec.channels), jnp.float32)
     sums = StateSums.scratch(spec)
     return pl.pallas_call(
-        _kernel,
+        functools.partial(_kernel, spec),
         grid=(batch, channels // spec.channels, chunks),
         in_specs=in_specs,
         out_specs=(blocks.tokens, blocks.state, blocks.pasts if keeps_pasts else None),
@@ -121,7 +126,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
 _scan.defvjp(_forward, tpu_backward.backward)
 
 
-def _kernel(u, delta, A, B, C, D, z, resets, initial, y, state, past, steps, inputs, sums):
+def _kernel(spec, u, delta, A, B, C, D, z, resets, initial, y, state, past, steps, inputs, sums):
     """One chunk of one block of channels. The block of the last state holds the present one from chunk to chunk."""
 
     @pl.when(pl.program_id(2) == 0)
@@ -136,16 +141,18 @@ def _kernel(u, delta, A, B, C, D, z, resets, initial, y, state, past, steps, inp
     base2_A = A[...] * LOG2_E
     reads = StateSums(sums)
 
-    def tokens(i, h):
-        start = SUBLANES * i
-        to_state, from_state = Columns(B, start), Columns(C, start)
-        for j in range(SUBLANES):
-            t = start + j
-            h = decay(row(steps, t), base2_A, resets, t) * h + row(inputs, t) * to_state[j]
-            reads.put(t, h * from_state[j])
-        return h
+    def tokens(start):
+        to_state, from_state = (columns(x, start, spec.part) for x in (B, C))
+        for part in spec.parts:
+            h = state[:, part]
+            for j in range(SUBLANES):
+                t = start + j
+                kept = decay(row(steps, t, part), base2_A[:, part], resets, t)
+                h = kept * h + row(inputs, t, part) * to_state[j]
+                reads.put(t, part, h * from_state[j])
+            state[:, part] = h
 
-    state[...] = for_each_register(tokens, state[...])
+    for_each_register(tokens)
     total = reads.total()
     if D is not None:
         total += D[...] * u[...].astype(jnp.float32)

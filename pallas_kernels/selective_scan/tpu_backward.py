@@ -4,23 +4,26 @@ With g_t the adjoint of h_t, g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}, every gra
 what the token t had: over states for u and Δ, over channels for B and C, over tokens for A.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.selective_scan.tpu_tile import (
-    LANES,
     LOG2_E,
     SUBLANES,
     VMEM_LIMIT,
     Blocks,
-    Columns,
     Spec,
     StateSums,
+    add_lane_groups,
+    columns,
     decay,
     for_each_register,
     row,
+    set_columns,
 )
 from pallas_kernels.varying import shaped_like
 
@@ -54,7 +57,7 @@ def backward(spec: Spec, saved, cotangents):
     sums = StateSums.scratch(spec)
     chunk_of_states = pltpu.VMEM((spec.chunk + 1, states, spec.channels), jnp.float32)
     gradients = pl.pallas_call(
-        _kernel,
+        functools.partial(_kernel, spec),
         grid=(batch, channel_blocks, chunks),
         in_specs=(
             blocks.tokens,
@@ -85,7 +88,7 @@ def backward(spec: Spec, saved, cotangents):
 
 
 def _kernel(
-    u, delta, A, B, C, D, z, resets, past, d_y, d_last,
+    spec, u, delta, A, B, C, D, z, resets, past, d_y, d_last,
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, adjoint,
     steps, inputs, d_reads, sums, more_sums, states,
 ):  # fmt: skip
@@ -103,10 +106,10 @@ def _kernel(
     steps[...] = delta[...].astype(jnp.float32)
     inputs[...] = steps[...] * u[...].astype(jnp.float32)
     reads = None if z is None else StateSums(sums)
-    _states(base2_A, B, C, resets, past, steps, inputs, states, reads)
+    _states(spec, base2_A, B, C, resets, past, steps, inputs, states, reads)
     d_reads[...] = _through_skip_and_gate(u, D, z, reads, d_y, d_D, d_z)
     _walk_back(
-        base2_A, B, C, resets, steps, inputs, states, d_reads,
+        spec, base2_A, B, C, resets, steps, inputs, states, d_reads,
         d_A, d_B, d_C, adjoint, d_exponents, d_writes,
     )  # fmt: skip
     d_write = d_writes.total()
@@ -118,22 +121,24 @@ def _kernel(
     d_delta[...] = to_delta.astype(d_delta.dtype)
 
 
-def _states(base2_A, B, C, resets, past, steps, inputs, states, reads):
+def _states(spec, base2_A, B, C, resets, past, steps, inputs, states, reads):
     """The states before and after each token of the chunk and, unless `reads` is None, C h of each."""
 
-    def tokens(i, h):
-        start = SUBLANES * i
-        to_state, from_state = Columns(B, start), Columns(C, start)
-        for j in range(SUBLANES):
-            t = start + j
-            h = decay(row(steps, t), base2_A, resets, t) * h + row(inputs, t) * to_state[j]
-            states[t + 1] = h
-            if reads is not None:
-                reads.put(t, h * from_state[j])
-        return h
+    def tokens(start):
+        to_state = columns(B, start, spec.part)
+        from_state = None if reads is None else columns(C, start, spec.part)
+        for part in spec.parts:
+            h = states[start, :, part]
+            for j in range(SUBLANES):
+                t = start + j
+                kept = decay(row(steps, t, part), base2_A[:, part], resets, t)
+                h = kept * h + row(inputs, t, part) * to_state[j]
+                states[t + 1, :, part] = h
+                if reads is not None:
+                    reads.put(t, part, h * from_state[j])
 
     states[0] = past[...]
-    for_each_register(tokens, past[...])
+    for_each_register(tokens)
 
 
 def _through_skip_and_gate(u, D, z, reads, d_y, d_D, d_z):
@@ -154,35 +159,41 @@ def _through_skip_and_gate(u, D, z, reads, d_y, d_D, d_z):
 
 
 def _walk_back(
-    base2_A, B, C, resets, steps, inputs, states, d_reads,
+    spec, base2_A, B, C, resets, steps, inputs, states, d_reads,
     d_A, d_B, d_C, adjoint, d_exponents, d_writes,
 ):  # fmt: skip
     """The adjoints of the chunk's states, and their sums.
 
     `d_exponents` receives what Δ gets through the decay, times 1 / ln 2, and `d_writes` what Δ u gets.
     """
-    lane = jax.lax.broadcasted_iota(jnp.int32, d_B.shape, 1)
+    d_B[...], d_C[...] = jnp.zeros_like(d_B), jnp.zeros_like(d_C)
 
-    def tokens(i, carry):
-        g, to_A, to_B, to_C = carry
-        start = LANES - SUBLANES * (i + 1)
-        to_state, from_state = Columns(B, start), Columns(C, start)
-        for j in reversed(range(SUBLANES)):
-            t = start + j
-            step, d_read = row(steps, t), row(d_reads, t)
-            g += from_state[j] * d_read
-            to_B = jnp.where(lane == t, jnp.sum(g * row(inputs, t), axis=1, keepdims=True), to_B)
-            to_C = jnp.where(
-                lane == t, jnp.sum(states[t + 1] * d_read, axis=1, keepdims=True), to_C
-            )
-            d_writes.put(t, g * to_state[j])
-            g *= decay(step, base2_A, resets, t)
-            d_exponent = g * states[t]
-            d_exponents.put(t, d_exponent * base2_A)
-            to_A += d_exponent * step
-        return g, to_A, to_B, to_C
+    def sums_over_channels(start):
+        sums = [jnp.zeros(d_C.shape, jnp.float32)] * SUBLANES
+        for part in spec.parts:
+            for j in range(SUBLANES):
+                t = start + j
+                sums[j] += add_lane_groups(states[t + 1, :, part] * row(d_reads, t, part))
+        set_columns(d_C, start, sums)
 
-    start = (adjoint[...], d_A[...], jnp.zeros_like(d_B), jnp.zeros_like(d_C))
-    adjoint[...], d_A[...], d_B[...], d_C[...] = jax.lax.fori_loop(
-        0, LANES // SUBLANES, tokens, start
-    )
+    for_each_register(sums_over_channels)
+
+    def tokens(start):
+        to_state, from_state = (columns(x, start, spec.part) for x in (B, C))
+        to_B = [jnp.zeros(d_B.shape, jnp.float32)] * SUBLANES
+        for part in spec.parts:
+            g, to_A = adjoint[:, part], d_A[:, part]
+            for j in reversed(range(SUBLANES)):
+                t = start + j
+                step = row(steps, t, part)
+                g += from_state[j] * row(d_reads, t, part)
+                to_B[j] += add_lane_groups(g * row(inputs, t, part))
+                d_writes.put(t, part, g * to_state[j])
+                g *= decay(step, base2_A[:, part], resets, t)
+                d_exponent = g * states[t, :, part]
+                d_exponents.put(t, part, d_exponent * base2_A[:, part])
+                to_A += d_exponent * step
+            adjoint[:, part], d_A[:, part] = g, to_A
+        set_columns(d_B, start, to_B)
+
+    for_each_register(tokens, reverse=True)

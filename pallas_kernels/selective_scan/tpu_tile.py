@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
+from pallas_kernels.selective_scan.tpu_blocks import LANES
+
 SUBLANES = 8
 LOG2_E = 1.4426950408889634
-# A chunk of states in the backward is 4 MiB at N = 16 and 512 channels and 17 MiB at the most; blocks and rows of the
-# chunk take 8.
+# A chunk of states in the backward is 8 MiB at N = 16 and 1024 channels and 17 MiB at the most; blocks and rows of the
+# chunk take 9.
 VMEM_LIMIT = 32 * 2**20
+MOST_IN_REGISTERS = 3 * LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,19 @@ class Spec:
 
     # Tokens a chunk: B and C have tokens on lanes.
     chunk = LANES
+
+    @property
+    def part(self) -> int:
+        """Channels whose states are in registers together, beside what a step in time needs of them.
+
+        A block has more, so that its parts share the columns of B and C.
+        """
+        widths = range(2 * LANES, MOST_IN_REGISTERS + 1, LANES)
+        return max((x for x in widths if self.channels % x == 0), default=self.channels)
+
+    @property
+    def parts(self) -> list[slice]:
+        return [slice(i, i + self.part) for i in range(0, self.channels, self.part)]
 
 
 class Blocks:
@@ -58,21 +73,26 @@ class Blocks:
         )
 
 
-def for_each_register(tokens, state):
-    """Passes the state through `tokens(i, state)` for every register of 8 tokens of a chunk.
+def for_each_register(tokens, *, reverse: bool = False) -> None:
+    """Calls `tokens(start)` for every register of 8 tokens of a chunk, which begins with token `start`.
 
     Two of them a step of the loop: the columns of one are brought to their lanes beside the arithmetic of the other.
     """
-    return jax.lax.fori_loop(0, LANES // SUBLANES, tokens, state, unroll=2)
+    registers = LANES // SUBLANES
+
+    def step(i, _):
+        tokens(SUBLANES * (registers - 1 - i if reverse else i))
+
+    jax.lax.fori_loop(0, registers, step, None, unroll=2)
 
 
-def row(ref, t):
-    """Token t of [T, channels]: [1, channels]."""
-    return ref[pl.ds(t, 1), :]
+def row(ref, t, part: slice):
+    """Token t of a part of [T, channels]: [1, part]."""
+    return ref[pl.ds(t, 1), part]
 
 
 def decay(delta, base2_A, resets, t):
-    """exp(Δ_t A) [N, channels], 0 where the state is emptied before token t; `base2_A` is A / ln 2."""
+    """exp(Δ_t A) [N, part], 0 where the state is emptied before token t; `base2_A` is A / ln 2."""
     kept = jnp.exp2(delta * base2_A)
     return kept if resets is None else kept * (1 - resets[0, t]).astype(jnp.float32)
 
@@ -80,43 +100,62 @@ def decay(delta, base2_A, resets, t):
 class StateSums:
     """Sums over the states of every token of a chunk, [N, channels] -> [1, channels].
 
-    To add the sublanes of one register takes as many rotations as additions. Here `put` leaves eight rows a token in
-    `ref`, and `total` adds rows of the same place for eight tokens at a time: loads with a stride, which the hardware
-    has for arrays of one register's width.
+    To add up the sublanes of one register takes as many rotations as additions. Here `put` does so once and leaves four
+    rows a token in `ref`, and `total` adds rows of the same place for eight tokens at a time: loads with a stride, as
+    hardware has them for arrays of one register's width, up to a stride of four as one load.
     """
+
+    ROWS = SUBLANES // 2
 
     def __init__(self, ref):
         self.ref = ref
 
-    @staticmethod
-    def scratch(spec: Spec):
-        return pltpu.VMEM((spec.channels // LANES, SUBLANES * spec.chunk, LANES), jnp.float32)
+    @classmethod
+    def scratch(cls, spec: Spec):
+        return pltpu.VMEM((spec.channels // LANES, cls.ROWS * spec.chunk, LANES), jnp.float32)
 
-    def put(self, t, x):
+    def put(self, t, part: slice, x):
         rows = sum(x[i : i + SUBLANES] for i in range(0, x.shape[0], SUBLANES))
-        start = pl.multiple_of(SUBLANES * t, SUBLANES)
-        for i in range(self.ref.shape[0]):
-            part = rows[:, i * LANES : (i + 1) * LANES]
-            self.ref[i, pl.ds(start, SUBLANES), :] = part
+        rows = (rows + pltpu.roll(rows, self.ROWS, 0))[: self.ROWS]
+        start = pl.multiple_of(self.ROWS * t, self.ROWS)
+        for i in range(0, x.shape[1], LANES):
+            group = (part.start + i) // LANES
+            self.ref[group, pl.ds(start, self.ROWS), :] = rows[:, i : i + LANES]
 
     def total(self):
         """[chunk, channels]."""
         parts, rows, _ = self.ref.shape
-        tokens = rows // SUBLANES
+        tokens = rows // self.ROWS
 
-        def place(i, sublane):
-            return self.ref.at[i][pl.ds(sublane, tokens, stride=SUBLANES), :]
+        def place(i, row):
+            return self.ref.at[i][pl.ds(row, tokens, stride=self.ROWS), :]
 
         return jnp.concatenate(
-            [sum(place(i, sublane) for sublane in range(SUBLANES)) for i in range(parts)], axis=1
+            [sum(place(i, row) for row in range(self.ROWS)) for i in range(parts)], axis=1
         )
 
 
-class Columns:
-    """Columns of [N, chunk], for the tokens from `start` on; a rotation by a number brings them to fixed lanes."""
+def columns(ref, start, width: int):
+    """Columns of [N, chunk] for the 8 tokens from `start` on, each spread over lanes: a list of [N, width].
 
-    def __init__(self, ref, start):
-        self.rotated = pltpu.roll(ref[...], (LANES - start) % LANES, axis=1)
+    A rotation by a number brings them to fixed lanes.
+    """
+    rotated = pltpu.roll(ref[...], (LANES - start) % LANES, axis=1)
+    return [
+        jnp.tile(jnp.broadcast_to(rotated[:, j : j + 1], rotated.shape), (1, width // LANES))
+        for j in range(SUBLANES)
+    ]
 
-    def __getitem__(self, j):
-        return self.rotated[:, j : j + 1]
+
+def add_lane_groups(x):
+    """[N, width] -> [N, 128]."""
+    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
+
+
+def set_columns(ref, start, sums) -> None:
+    """Sums over lanes of [N, 128] for each of the 8 tokens from `start` on, as columns of [N, chunk]."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, ref.shape, 1)
+    out = ref[...]
+    for j, x in enumerate(sums):
+        out = jnp.where(lane == start + j, x.sum(axis=1, keepdims=True), out)
+    ref[...] = out

@@ -21,6 +21,7 @@ CASES = {
     "less than a chunk": (7, 5, 3, False, ("D", "z")),
     "whole chunks": (256, 128, 16, False, ()),
     "blocks of channels": (150, 300, 4, False, ("z", "initial_state")),
+    "parts of a block": (130, 512, 3, True, ("D",)),
     "a skip, segments": (150, 128, 5, True, ("D",)),
     "everything": (300, 140, 9, True, ("D", "z", "initial_state")),
 }
