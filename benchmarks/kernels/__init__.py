@@ -1,4 +1,4 @@
-"""Every op of `pallas_kernels` beside the peer that a user would pick: `python -m benchmarks.kernels`.
+"""Every op of `pallas_kernels` beside the peer that a user would pick: `python -m benchmarks.kernels`; and a tuner.
 
 | file | idea |
 | --- | --- |
@@ -9,4 +9,6 @@
 | `schedules`, `compile_schedules` | compiling for TPUs that are not here, in a process of its own |
 | `roofline` | the least time that a chip allows |
 | `report`, `plot` | table, JSON and picture |
+| `tune` | `python -m benchmarks.kernels.tune`: fills the tables of block sizes |
+| `costs`, `search` | what a program costs with given sizes; where to look for better ones |
 """

@@ -1,12 +1,14 @@
-"""Compiles the cases of an op for a TPU that is not here and writes what the schedules say, a JSON line each.
+"""Compiles cases for TPUs that are not here and says what their schedules are.
 
-A program of its own, started by `schedules`, which sets what libtpu reads from the environment when it is loaded. Its
-one argument is a `schedules.Job` in JSON.
+A program of its own, started by `schedules`, which sets what libtpu reads from the environment when it is loaded, and
+with it the folder of the dumps, which is the one argument. Each line of input is a `schedules.Job` in JSON, and is
+answered by a line of JSON.
 """
 
 import dataclasses
 import functools
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -15,10 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.kernels.bundles import Kernel, read_kernel
-from benchmarks.kernels.case import Case, Contender, flat, out_shape, program, shapes, side_by_side
+from benchmarks.kernels.case import Contender, flat, out_shape, program, shapes, side_by_side
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.schedules import BUNDLES, UTILIZATION, Job
 from pallas_kernels import topology
+from pallas_kernels.blocks import decided_by
 
 # An instruction may be of several lines: the metadata of a kernel is as its author wrote it.
 _INSTRUCTION = re.compile(r"^ *(?:ROOT )?%([\w.-]+) = ", re.M)
@@ -29,32 +32,33 @@ _VMEM = re.compile(
 _OP = re.compile(r"exit bundle: %([\w.-]+) = ")
 
 
-def main(job: Job) -> None:
-    with open(job.results, "a") as results:
-        for case in CASES[job.op](job.quick):
-            for contender in case.contenders:
-                for measured in case.work if contender.has_schedule else ():
-                    line = {"shape": case.shape, "name": contender.name, "measured": measured}
-                    try:
-                        line["schedule"] = _schedule(job, case, contender, measured)
-                    # Whatever the compiler says about this one, the others are worth having.
-                    except Exception as error:
-                        line["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
-                    results.write(json.dumps(line) + "\n")
-                    results.flush()
+def main(dump: Path) -> None:
+    # What libraries print must not come between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            answer = {"schedule": _schedule(dump, Job(**json.loads(line)))}
+        # Whatever the compiler says about this one, the others are worth having.
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
-def _schedule(job: Job, case: Case, contender: Contender, measured: str) -> dict:
-    for path in Path(job.dump).iterdir():
+def _schedule(dump: Path, job: Job) -> dict:
+    for path in dump.iterdir():
         path.unlink()
+    case = next(case for case in CASES[job.op](False) if case.shape == job.shape)
+    contender = next(x for x in case.contenders if x.name == job.contender)
     inputs = shapes(case, jnp.bfloat16)
-    with jax.set_mesh(topology.mesh(job.chip)):
-        d_out = out_shape(contender, inputs)
-    inputs = jax.eval_shape(functools.partial(flat, case), inputs)
-    d_out = jax.eval_shape(side_by_side, d_out)
-    compiled = topology.compile_for(job.chip, program(case, contender, measured), inputs, d_out)
+    with decided_by(job.decide):
+        with jax.set_mesh(topology.mesh(job.chip)):
+            d_out = jax.eval_shape(side_by_side, out_shape(contender, inputs))
+        inputs = jax.eval_shape(functools.partial(flat, case), inputs)
+        run = program(case, contender, job.measured)
+        compiled = topology.compile_for(job.chip, run, inputs, d_out)
     vmem = _vmem_of_kernels(compiled.as_text())
-    ops = {op.name: op for op in _ops(Path(job.dump))}
+    ops = {op.name: op for op in _ops(dump)}
     kernels = [_with_steps(ops[name], contender) for name in vmem]
     others = [op for name, op in ops.items() if name not in vmem]
     return {
@@ -110,4 +114,4 @@ def _as_json(kernel: Kernel, vmem_bytes: int | None) -> dict:
 
 
 if __name__ == "__main__":
-    main(Job(**json.loads(sys.argv[1])))
+    main(Path(sys.argv[1]))

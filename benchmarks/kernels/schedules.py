@@ -4,16 +4,19 @@ libtpu reads its flags once, when it is loaded, so that they have to be in the e
 imports jax; and one that dies on a kernel must not take the benchmark with it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from benchmarks.kernels.cases import CASES
 from pallas_kernels import topology
+from pallas_kernels.blocks import Choice, Sizes
 
 # How the names of the dumped files end.
 BUNDLES = "final_bundles.txt"
@@ -24,21 +27,77 @@ _REPOSITORY = Path(__file__).parents[2]
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What `compile_schedules` does in a process.
+    """A program to compile.
 
     Attributes:
         op: a key of `cases.CASES`.
-        quick: the smallest shape only.
+        shape: of one of its cases.
+        contender: name of one of the case's contenders.
+        measured: the pass.
         chip: a kind of TPU.
-        dump: folder that the compiler dumps into.
-        results: file that gets the results.
+        sizes: block sizes by the name of a choice, those not there by rule; None: what tables and rules say.
     """
 
     op: str
-    quick: bool
+    shape: str
+    contender: str
+    measured: str
     chip: str
-    dump: str
-    results: str
+    sizes: Mapping[str, Sizes] | None = None
+
+    def decide(self, choice: Choice) -> Sizes | None:
+        """What `pallas_kernels.blocks.decided_by` takes."""
+        return None if self.sizes is None else self.sizes.get(choice.name, choice.by_rule)
+
+
+class Compiler(contextlib.AbstractContextManager):
+    """A process that compiles one program after the other. It is started when it is needed, and again if it dies.
+
+    Raises:
+        ValueError: libtpu is not installed.
+    """
+
+    def __init__(self):
+        if not topology.is_available():
+            raise ValueError("static schedules need libtpu: pip install libtpu")
+        self._folder = tempfile.TemporaryDirectory()
+        self._dump, self._words = (Path(self._folder.name) / name for name in ("dump", "words"))
+        self._dump.mkdir()
+        self._process: subprocess.Popen | None = None
+
+    def compile(self, job: Job) -> dict:
+        """Returns {"schedule": ...} or {"error": what went wrong}."""
+        if self._process is None:
+            self._process = self._start()
+        try:
+            self._process.stdin.write(json.dumps(dataclasses.asdict(job)) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        if answer:
+            return json.loads(answer)
+        code, self._process = self._process.wait(), None
+        last_words = (self._words.read_text().strip().splitlines() or [f"exit code {code}"])[-1]
+        return {"error": f"the compiler's process died: {last_words}"}
+
+    def __exit__(self, *exception):
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.wait()
+        self._folder.cleanup()
+
+    def _start(self) -> subprocess.Popen:
+        with self._words.open("w") as words:
+            return subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.kernels.compile_schedules", str(self._dump)],
+                env=os.environ | environment(self._dump),
+                cwd=_REPOSITORY,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=words,
+                text=True,
+            )
 
 
 def schedules(op: str, chip: str, quick: bool) -> dict[tuple[str, str, str], dict]:
@@ -50,40 +109,19 @@ def schedules(op: str, chip: str, quick: bool) -> dict[tuple[str, str, str], dic
     Raises:
         ValueError: libtpu is not installed.
     """
-    if not topology.is_available():
-        raise ValueError(f"schedules for {chip!r} need libtpu: pip install libtpu")
-    with tempfile.TemporaryDirectory() as folder:
-        dump, results = Path(folder) / "dump", Path(folder) / "results.jsonl"
-        dump.mkdir()
-        results.touch()
-        job = Job(op, quick, chip, str(dump), str(results))
-        command = [sys.executable, "-m", "benchmarks.kernels.compile_schedules"]
-        process = subprocess.run(
-            [*command, json.dumps(dataclasses.asdict(job))],
-            env=os.environ | _environment(dump),
-            cwd=_REPOSITORY,
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-        lines = [json.loads(line) for line in results.read_text().splitlines()]
-    found = {(line.pop("shape"), line.pop("name"), line.pop("measured")): line for line in lines}
-    last_words = (process.stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-    died = {"error": f"the compiler's process died: {last_words}"}
-    return {key: found.get(key, died) for key in _keys(op, quick)}
+    with Compiler() as compiler:
+        return {
+            (case.shape, contender.name, measured): compiler.compile(
+                Job(op, case.shape, contender.name, measured, chip)
+            )
+            for case in CASES[op](quick)
+            for contender in case.contenders
+            if contender.has_schedule
+            for measured in case.work
+        }
 
 
-def _keys(op: str, quick: bool) -> list[tuple[str, str, str]]:
-    return [
-        (case.shape, contender.name, measured)
-        for case in CASES[op](quick)
-        for contender in case.contenders
-        if contender.has_schedule
-        for measured in case.work
-    ]
-
-
-def _environment(dump: Path) -> dict[str, str]:
+def environment(dump: Path) -> dict[str, str]:
     """Variables that make libtpu dump the last stage of each program, and nothing be taken from a cache."""
     flags = {
         "xla_jf_dump_to": dump,

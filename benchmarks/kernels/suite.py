@@ -34,10 +34,7 @@ def run(ops: Sequence[str], chips: Sequence[str], quick: bool) -> dict[str, Any]
     Raises:
         ValueError: an op or chip is unknown, or libtpu is missing where there are chips.
     """
-    for name, values, valid in (("op", ops, CASES), ("chips", chips, CHIPS)):
-        for value in values:
-            if value not in valid:
-                raise ValueError(f"{name}={value!r} is unknown; valid: {', '.join(valid)}")
+    check_names(ops, chips)
     device = target()
     # Training on accelerators is in bfloat16; a CPU has no faster type than float32.
     dtype = jnp.dtype(jnp.float32 if device.platform == "cpu" else jnp.bfloat16)
@@ -63,6 +60,20 @@ def run(ops: Sequence[str], chips: Sequence[str], quick: bool) -> dict[str, Any]
         "chips": list(chips),
         "rows": rows,
     }
+
+
+def check_names(ops: Sequence[str], chips: Sequence[str]) -> None:
+    """Raises ValueError where an op is no key of `CASES` or a chip none of `CHIPS`."""
+    for name, values, valid in (("op", ops, CASES), ("chips", chips, CHIPS)):
+        for value in values:
+            if value not in valid:
+                raise ValueError(f"{name}={value!r} is unknown; valid: {', '.join(valid)}")
+
+
+def total_cycles(schedule: dict) -> int | None:
+    """Of a program: of the kernels and of what XLA does around them; None where those of a kernel are not known."""
+    parts = [kernel["cycles"] for kernel in schedule["kernels"]] + [schedule["xla_cycles"]]
+    return None if None in parts else sum(parts)
 
 
 def _row(case: Case, contender: Contender, measured: str, time: dict, static: dict) -> dict:
@@ -97,8 +108,7 @@ def _static(case: Case, measured: str, chip: str, compiled: dict | None) -> dict
         return compiled
     least = roofline(CHIPS[chip], case.work[measured], num_bytes(case, measured, jnp.bfloat16))
     schedule = compiled["schedule"]
-    parts = [kernel["cycles"] for kernel in schedule["kernels"]] + [schedule["xla_cycles"]]
-    cycles = None if None in parts else sum(parts)
+    cycles = total_cycles(schedule)
     return schedule | {
         "cycles": cycles,
         "roofline_cycles": least.cycles,

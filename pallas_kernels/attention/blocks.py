@@ -1,6 +1,9 @@
 """Lengths of the tiles of the TPU kernels, by device kind and shape."""
 
+from pathlib import Path
 from typing import NamedTuple
+
+from pallas_kernels.blocks import Shape, Sizes, Table
 
 # Vector registers are 8 x 128, and the statistics of the queries lie along the minor axis of 128.
 LANES = 128
@@ -23,8 +26,22 @@ class Blocks(NamedTuple):
     keys: int
 
 
-# Overrides of the default by device kind, for tuners and tests.
-TABLE: dict[str, Blocks] = {}
+def _flaw(sizes: Sizes, shape: Shape) -> str | None:
+    for name, length in sizes.items():
+        if length % LANES:
+            return f"{name}={length} is no multiple of {LANES}"
+        if length > max(LANES, shape[f"num_{name}"]):
+            return f"{name}={length} is more than there are, {shape[f'num_{name}']}"
+    return None
+
+
+TABLE = Table(
+    path=Path(__file__).with_name("blocks.json"),
+    lengths=("num_queries", "num_keys"),
+    others=("group", "head_dim", "itemsize", "window"),
+    sizes=Blocks._fields,
+    flaw=_flaw,
+)
 
 
 def blocks(
@@ -40,7 +57,7 @@ def blocks(
     """Tile lengths for a shape.
 
     Args:
-        device_kind: as `jax.Device.device_kind` says; looked up in `TABLE` first.
+        device_kind: as `jax.Device.device_kind` says.
         num_queries: Tq.
         num_keys: Tk.
         group: heads of q that share a key head, whose rows are in one tile.
@@ -48,16 +65,23 @@ def blocks(
         itemsize: bytes of an entry of q, k and v.
         window: width of the sliding window, or None.
     """
-    if device_kind in TABLE:
-        queries, keys = TABLE[device_kind]
-    else:
-        wide = width(head_dim, itemsize)
-        keys = min(LONGEST, KEYS // wide)
-        queries = min(keys, ROWS // (group * wide))
-        if window is not None:
-            shortest = max(SHORTEST_IN_WINDOW, 2 ** (window - 1).bit_length())
-            queries, keys = min(queries, shortest), min(keys, shortest)
-    return Blocks(_even(num_queries, queries), _even(num_keys, keys))
+    wide = width(head_dim, itemsize)
+    keys = min(LONGEST, KEYS // wide)
+    queries = min(keys, ROWS // (group * wide))
+    if window is not None:
+        shortest = max(SHORTEST_IN_WINDOW, 2 ** (window - 1).bit_length())
+        queries, keys = min(queries, shortest), min(keys, shortest)
+    sizes = TABLE.choose(
+        device_kind,
+        {"queries": _even(num_queries, queries), "keys": _even(num_keys, keys)},
+        num_queries=num_queries,
+        num_keys=num_keys,
+        group=group,
+        head_dim=head_dim,
+        itemsize=itemsize,
+        window=window,
+    )
+    return Blocks(_even(num_queries, sizes["queries"]), _even(num_keys, sizes["keys"]))
 
 
 def width(head_dim: int, itemsize: int) -> int:

@@ -1,6 +1,10 @@
 """How many rows and columns of softmax a TPU core holds at a time."""
 
+from pathlib import Path
 from typing import NamedTuple
+
+from pallas_kernels.blocks import Shape, Sizes, Table
+from pallas_kernels.dispatch import target
 
 LANES = 128
 # Of the 16 MiB that a kernel may use on a v5e; the rest is for the compiler.
@@ -16,8 +20,27 @@ class Blocks(NamedTuple):
     columns: int
 
 
+def _flaw(sizes: Sizes, shape: Shape) -> str | None:
+    for name, multiple in (("rows", ROWS if shape["passes"] == 2 else LANES), ("columns", LANES)):
+        if sizes[name] % multiple:
+            return f"{name}={sizes[name]} is no multiple of {multiple}"
+        if sizes[name] > max(LANES, shape[f"num_{name}"]):
+            return f"{name}={sizes[name]} is more than there are, {shape[f'num_{name}']}"
+    return None
+
+
+# `passes` over the columns: softmax and its gradient take two, the cross-entropy one.
+TABLE = Table(
+    path=Path(__file__).with_name("blocks.json"),
+    lengths=("num_rows", "num_columns"),
+    others=("bytes_per_entry", "passes"),
+    sizes=Blocks._fields,
+    flaw=_flaw,
+)
+
+
 def two_pass_blocks(num_rows: int, num_columns: int, bytes_per_entry: int) -> Blocks:
-    """All columns of as many rows as fit into VMEM, else equal parts of the columns of the fewest rows.
+    """By rule all columns of as many rows as fit into VMEM, else equal parts of the columns of the fewest rows.
 
     Args:
         num_rows: all rows.
@@ -28,13 +51,28 @@ def two_pass_blocks(num_rows: int, num_columns: int, bytes_per_entry: int) -> Bl
     entries = VMEM_BYTES // (2 * bytes_per_entry)
     columns = _equal_parts(num_columns, entries // ROWS)
     rows = max(ROWS, min(entries // columns, MAX_ROWS) // ROWS * ROWS)
-    return Blocks(min(rows, _round_up(num_rows, ROWS)), columns)
+    sizes = _choose(rows, columns, num_rows, num_columns, bytes_per_entry, passes=2)
+    return Blocks(min(sizes["rows"], _round_up(num_rows, ROWS)), sizes["columns"])
 
 
 def one_pass_blocks(num_rows: int, num_columns: int, bytes_per_entry: int) -> Blocks:
-    """Many rows, as what is kept of each of them then fills lanes; arguments as of `two_pass_blocks`."""
+    """By rule many rows, as what is kept of each of them then fills lanes; arguments as of `two_pass_blocks`."""
     rows = min(MAX_ROWS, _round_up(num_rows, LANES))
-    return Blocks(rows, _equal_parts(num_columns, VMEM_BYTES // (2 * bytes_per_entry * rows)))
+    columns = _equal_parts(num_columns, VMEM_BYTES // (2 * bytes_per_entry * rows))
+    sizes = _choose(rows, columns, num_rows, num_columns, bytes_per_entry, passes=1)
+    return Blocks(min(sizes["rows"], _round_up(num_rows, LANES)), sizes["columns"])
+
+
+def _choose(rows, columns, num_rows, num_columns, bytes_per_entry, passes) -> Sizes:
+    sizes = TABLE.choose(
+        target().device_kind,
+        {"rows": rows, "columns": columns},
+        num_rows=num_rows,
+        num_columns=num_columns,
+        bytes_per_entry=bytes_per_entry,
+        passes=passes,
+    )
+    return {"rows": sizes["rows"], "columns": _equal_parts(num_columns, sizes["columns"])}
 
 
 def _equal_parts(length: int, longest: int) -> int:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.dispatch import target
 from pallas_kernels.ssd_scan import tpu_backward, tpu_forward
 from pallas_kernels.ssd_scan.tpu_blocks import MAX_CHUNK, TILE, VMEM_BYTES, blocks, vmem_bytes
 from pallas_kernels.ssd_scan.tpu_chunk import Spec
@@ -86,9 +87,15 @@ def ssd_scan(x, dt, A, B, C, D, reset, state, *, chunk_size, interpret=False):
 
 
 def _blocks(x, B, chunk_size):
-    (_, time, heads, dim), groups = x.shape, B.shape[2]
+    (_, time, heads, dim), (groups, states) = x.shape, B.shape[2:]
     return blocks(
-        time=time, per_group=heads // groups, dim=dim, dtype=x.dtype, chunk_size=chunk_size
+        target().device_kind,
+        time=time,
+        per_group=heads // groups,
+        dim=dim,
+        states=states,
+        dtype=x.dtype,
+        chunk_size=chunk_size,
     )
 
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax.numpy as jnp
+
+from pallas_kernels.blocks import Shape, Sizes, Table
 
 LANES = 128
 # Tokens whose weights are computed at once.
@@ -45,17 +48,51 @@ class Blocks:
         return self.per_group // self.heads
 
 
-def blocks(*, time: int, per_group: int, dim: int, dtype, chunk_size: int | None = None) -> Blocks:
-    """Sizes for `time` tokens and `per_group` heads a group of `dim` channels.
+def _flaw(sizes: Sizes, shape: Shape) -> str | None:
+    chunk, heads = sizes["chunk"], sizes["heads"]
+    if chunk % TILE or chunk > MAX_CHUNK:
+        return f"chunk={chunk} is no multiple of {TILE} up to {MAX_CHUNK}"
+    if chunk > max(TILE, shape["time"]):
+        return f"chunk={chunk} is more tokens than there are, {shape['time']}"
+    if shape["per_group"] % heads:
+        return f"heads={heads} does not divide the heads of a group, {shape['per_group']}"
+    if heads * shape["dim"] % LANES:
+        return f"heads={heads} of {shape['dim']} channels are no multiple of {LANES}"
+    return None
+
+
+# Its shapes have `per_group` and `dim` filled up.
+TABLE = Table(
+    path=Path(__file__).with_name("blocks.json"),
+    lengths=("time",),
+    others=("per_group", "dim", "states", "dtype"),
+    sizes=("chunk", "heads"),
+    flaw=_flaw,
+)
+
+
+def blocks(
+    device_kind: str,
+    *,
+    time: int,
+    per_group: int,
+    dim: int,
+    states: int,
+    dtype,
+    chunk_size: int | None = None,
+) -> Blocks:
+    """Sizes for `time` tokens and `per_group` heads a group of `dim` channels with `states` each, by table or rule.
 
     Work inside a chunk grows with its length, traffic of states and the price of a grid step shrink with it. By their
     schedules, 256 tokens take fewer cycles than twice 128 in bfloat16 on v5e and v6e, forward and backward. A float32
     product takes six of bfloat16, so that the matrix unit bounds the kernels and less work inside a chunk is better.
     `chunk_size` is rounded up to whole registers.
     """
-    if chunk_size is None:
-        chunk_size = 2 * LANES if dtype == jnp.bfloat16 else LANES
-    chunk = min(_round_up(chunk_size, LANES), _round_up(time, LANES))
+    by_rule = chunk_size
+    if by_rule is None:
+        by_rule = 2 * LANES if dtype == jnp.bfloat16 else LANES
+    whole = _round_up(time, LANES)
+    chunk = min(_round_up(by_rule, LANES), whole)
     dim = _round_up(dim, ROWS)
     fewest = LANES // math.gcd(LANES, dim)
     per_group = _round_up(per_group, fewest)
@@ -64,6 +101,18 @@ def blocks(*, time: int, per_group: int, dim: int, dtype, chunk_size: int | None
         for heads in range(fewest, per_group + 1, fewest)
         if per_group % heads == 0 and (heads * dim <= MAX_CHANNELS or heads == fewest)
     )
+    if chunk_size is None:
+        sizes = TABLE.choose(
+            device_kind,
+            {"chunk": chunk, "heads": heads},
+            time=time,
+            per_group=per_group,
+            dim=dim,
+            states=states,
+            dtype=jnp.dtype(dtype).name,
+        )
+        # Of a bucket of lengths the table has the sizes of the longest.
+        chunk, heads = min(sizes["chunk"], whole), sizes["heads"]
     return Blocks(chunk, heads, per_group, dim)
 
 

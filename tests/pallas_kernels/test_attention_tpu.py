@@ -14,13 +14,15 @@ from test_attention_kernel import random_inputs, random_segments
 from pallas_kernels import attention
 from pallas_kernels.attention import IMPLEMENTATIONS, blocks, tpu, tpu_backward, visits
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens
-from pallas_kernels.dispatch import Implementation, target
+from pallas_kernels.blocks import decided_by
+from pallas_kernels.dispatch import Implementation
 
 
 @pytest.fixture(autouse=True)
-def short_blocks(monkeypatch):
+def short_blocks():
     """The shortest tiles, so that a few hundred tokens are several."""
-    monkeypatch.setitem(blocks.TABLE, target().device_kind, blocks.Blocks(128, 128))
+    with decided_by(lambda choice: {"queries": 128, "keys": 128}):
+        yield
 
 
 CASES = {
