@@ -256,7 +256,8 @@ def test_under_jit_vmap_remat_and_scan(rng):
         ({"positions": np.ones((2, 5), int)}, "positions must be a pair"),
         (
             {"implementation": "fastest"},
-            r"is unknown; on platform 'cpu' there is \['xla', 'reference', 'tpu_interpret', 'gpu_interpret'\]",
+            r"is unknown; on platform 'cpu' there is \['xla', 'reference', 'tpu_interpret', 'gpu_interpret', "
+            r"'triton_interpret'\]",
         ),
     ],
 )

@@ -78,6 +78,7 @@ def test_rows_of_no_group_and_of_other_groups_are_nowhere(rng):
     assert np.isnan(d_rhs[1]).all() and np.isfinite(d_rhs[np.array([0, 2])]).all()
 
 
+@pytest.mark.slow
 def test_under_vmap(rng):
     lhs = jnp.asarray(rng.normal(size=(2, 40, 8)), jnp.bfloat16)
     rhs = jnp.asarray(rng.normal(size=(2, 8, 12)), jnp.bfloat16)

@@ -40,6 +40,7 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(gpu_tile, "UNROLL", 2)
 
 
+@pytest.mark.slow
 def test_chunks_as_the_hardware_has_them(rng):
     inputs = in_float32(random_inputs(rng, 1, 20, 6, 4))
     inputs |= {name: inputs[name].astype(jnp.bfloat16) for name in "uBCz"}
@@ -48,7 +49,7 @@ def test_chunks_as_the_hardware_has_them(rng):
     assert_like_xla(gradients, "gpu_interpret", inputs, tolerance=1e-2)
 
 
-@pytest.mark.parametrize("case", rest_slow(CASES, "the widest state", "everything, bfloat16"))
+@pytest.mark.parametrize("case", rest_slow(CASES, "everything, bfloat16"))
 def test_kernels_with_every_gradient_equal_float64(rng, short_chunks, case):
     batch, length, channels, states, has_segments, optional, dtype = CASES[case]
     inputs = random_inputs(rng, batch, length, channels, states)

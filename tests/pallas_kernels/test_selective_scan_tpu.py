@@ -25,10 +25,18 @@ CASES = {
     "a skip, segments": (150, 128, 5, True, ("D",)),
     "everything": (300, 140, 9, True, ("D", "z", "initial_state")),
 }
+# In float32 these are for `-m slow`.
+LONG_CASES = ("whole chunks", "blocks of channels", "a skip, segments", "everything")
 
 
 @pytest.mark.parametrize(
-    ("case", "dtype"), [(case, "float32") for case in CASES] + [("everything", "bfloat16")]
+    ("case", "dtype"),
+    [
+        ("less than a chunk", "float32"),
+        ("parts of a block", "float32"),
+        ("everything", "bfloat16"),
+        *(pytest.param(case, "float32", marks=pytest.mark.slow) for case in LONG_CASES),
+    ],
 )
 def test_kernels_with_every_gradient_equal_float64(rng, case, dtype):
     length, channels, states, has_segments, optional = CASES[case]

@@ -95,6 +95,7 @@ def test_a_row_of_padding(rng):
     )
 
 
+@pytest.mark.slow
 def test_a_step_that_is_forgotten_at_once_or_that_grows(rng):
     """Sums of dt A that would overflow if the decay were cut into factors, and an A that is not negative."""
     hold_against_float64(rng, (1, 60, 2, 8, 1, 4), optional=("D", "initial_state"), A=[-1e5, 0.02])
