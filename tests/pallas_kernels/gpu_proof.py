@@ -1,8 +1,12 @@
-"""How GPU kernels are watched for races: Pallas' interpreter, with what it does not see by itself."""
+"""Proofs that GPU kernels share: no races, by Pallas' interpreter with what it does not see by itself; no other chips."""
 
+import contextlib
 import functools
 
+import jax
+import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels.dispatch import Implementation
 
@@ -25,3 +29,15 @@ def detect_races(monkeypatch, table: dict, function) -> None:
     params = plgpu.InterpretGPUParams(detect_races=True)
     checked = Implementation(functools.partial(function, interpret=params), automatic=False)
     monkeypatch.setitem(table, "gpu_checked", checked)
+
+
+@contextlib.contextmanager
+def refused_for_the_chip():
+    """What is traced within is for an Ampere GPU, and has to be refused because of that."""
+    device = AbstractDevice(device_kind="NVIDIA A100-SXM4-80GB", num_cores=None, platform="cuda")
+    mesh = AbstractMesh((1,), ("data",), abstract_device=device)
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(ValueError, match="cannot: device kind 'NVIDIA A100-SXM4-80GB'; it is for"),
+    ):
+        yield

@@ -80,6 +80,23 @@ def assert_close(
         assert got[f"d_{name}"].shape == np.shape(value), name
 
 
+def assert_close_to_xla(got, function, arrays, tolerance=1e-2) -> None:
+    """Holds outputs against those of `function`, on the xla implementation, in float32 on the same values."""
+    want = function(*(x.astype(jnp.float32) for x in arrays))
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert relative_error(x.astype(jnp.float32), y) < tolerance
+
+
+def out_and_gradients(function):
+    """`function` of arrays, made to return its output and all gradients as well: what is compiled."""
+
+    def both(*arrays):
+        out, pull = jax.vjp(function, *arrays)
+        return out, pull(out)
+
+    return both
+
+
 def temporary_bytes(function, *arguments) -> int:
     """Temporary memory of the compiled function."""
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes

@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from proof import assert_close, needs_cuda_plugin, relative_error
+from proof import (
+    assert_close,
+    assert_close_to_xla,
+    needs_cuda_plugin,
+    out_and_gradients,
+)
 from test_attention_kernel import random_inputs, random_segments
 
 pytest.importorskip("jax_triton", reason="NOT PROVEN FOR TRITON: pip install 'effjax[triton]'")
@@ -77,13 +82,6 @@ def with_gradients(options, implementation="triton_interpret"):
 def random_arrays(rng, *lengths, dtype="bfloat16", **dims):
     inputs, _ = random_inputs(rng, *lengths, **dims)
     return [jnp.asarray(x, dtype) for x in inputs.values()]
-
-
-def assert_close_to_xla(got, function, arrays, tolerance=1e-2):
-    """Against the xla implementation in float32 on the same values."""
-    want = function(*(x.astype(jnp.float32) for x in arrays))
-    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        assert relative_error(x.astype(jnp.float32), y) < tolerance
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(70, 40), (130, 8)])
@@ -175,14 +173,6 @@ def test_what_the_kernel_cannot_do_is_refused(dtype, dim, message):
 def shapes(batch, length, heads, kv_heads, dim, dtype="bfloat16"):
     sizes = [(batch, length, count, dim) for count in (heads, kv_heads, kv_heads)]
     return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
-
-
-def out_and_gradients(function):
-    def both(*arrays):
-        out, pull = jax.vjp(function, *arrays)
-        return out, pull(out)
-
-    return both
 
 
 KERNELS = ("attention_forward", "attention_backward_queries", "attention_backward_keys")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
-from proof import assert_close, needs_cuda_plugin, relative_error
+from proof import assert_close, needs_cuda_plugin, out_and_gradients, relative_error
 from test_linear_attention_kernel import random_segments
 
 pytest.importorskip("jax_triton", reason="NOT PROVEN FOR TRITON: pip install 'effjax[triton]'")
@@ -158,14 +158,6 @@ KERNELS = (
 def shapes(batch, length, heads, dim, value_dim, dtype="bfloat16"):
     sizes = [(batch, length, heads, size) for size in (dim, dim, value_dim)]
     return [jax.ShapeDtypeStruct(size, dtype) for size in sizes]
-
-
-def out_and_gradients(function):
-    def both(*arrays):
-        out, pull = jax.vjp(function, *arrays)
-        return out, pull(out)
-
-    return both
 
 
 @pytest.mark.parametrize(
