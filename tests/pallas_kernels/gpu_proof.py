@@ -1,4 +1,4 @@
-"""Proofs that GPU kernels share: no races, by Pallas' interpreter with what it does not see by itself; no other chips."""
+"""Proofs that GPU kernels share: no races, also where Pallas' interpreter sees none by itself; no other chips."""
 
 import contextlib
 import functools
