@@ -23,8 +23,6 @@ from pallas_kernels.varying import vary_alike
 LARGEST_HEAD_DIM = 128
 # Keys of a tile: two tiles of k and of v, the queries and the weights are 192 KiB of shared memory at the largest head.
 KEYS = 128
-# Below any logit, and finite: the difference of two of them is 0.
-LOWEST = -1e30
 
 
 def refuses(q, k, v, queries, keys, *, mask, scale, logits_soft_cap) -> str | None:
@@ -82,11 +80,7 @@ def _forward(spec, q, k, v, queries, keys):
             plgpu.SMEM((WARPGROUPS, ROWS, width), q.dtype),
             plgpu.Barrier(num_barriers=WARPGROUPS),
             plgpu.SMEM((WARPGROUPS, ROWS, KEYS), v.dtype),
-            hopper.ring(
-                ((KEYS, width), k.dtype),
-                ((KEYS, width), v.dtype),
-                *(((x.shape[1], KEYS), x.dtype) for x in tokens[1:]),
-            ),
+            gpu_tile.key_ring(padded_k, padded_v, tokens, KEYS),
         ),
         grid=gpu_tile.grid(batch, heads, length),
         interpret=spec.interpret,
@@ -107,7 +101,6 @@ def _kernel(spec: Spec, table, q, k, v, *rest):
     # Causal rows are the longer the later they are, and the longest begin first.
     block = table.shape[0] - 1 - index
     visited = gpu_tile.load_visited(table, block)
-    num_tiles = visited.stop - visited.first
 
     def compute(warpgroup):
         start = block * BLOCK + warpgroup * ROWS
@@ -119,8 +112,7 @@ def _kernel(spec: Spec, table, q, k, v, *rest):
             query = gpu_tile.load_tokens(gpu_tile.of_batch(tokens[0], batch, start, ROWS), 0)
         plgpu.barrier_wait(q_filled.at[warpgroup])
 
-        def accumulate(i, pieces, carry):
-            values, total, highest = carry
+        def accumulate(i, pieces, softmax):
             k_tile, v_tile, *key_tokens = pieces
             tile = visited.first + i
             key = gpu_tile.load_tokens(key_tokens[0], 1) if tokens else tile * KEYS
@@ -128,33 +120,13 @@ def _kernel(spec: Spec, table, q, k, v, *rest):
             logits = gpu_tile.where_allowed(
                 spec, logits, -jnp.inf, query, key, visited.is_full(tile), queries_axis=0
             )
-            now = jnp.maximum(highest, logits.max(axis=1))
-            weights = jnp.exp2(logits - hopper.along(now, logits.shape, 0))
-            rescale = jnp.exp2(highest - now)
-            hopper.stage((weights, weight_tile))
-            values *= hopper.along(rescale, values.shape, 0)
-            values += hopper.product(weight_tile, v_tile)
-            return values, total * rescale + weights.sum(axis=1), now
+            return softmax.add(logits, v_tile, weight_tile)
 
-        nothing = hopper.zeros(ROWS)
-        carry = (hopper.zeros(ROWS, v.shape[3]), nothing, nothing + LOWEST)
-        values, total, highest = ring.fold(num_tiles, accumulate, carry)
-        # A row that sees nothing has total 0: out 0, lse -inf.
-        divisor = hopper.along(jnp.where(total == 0, 1, total), values.shape, 0)
-        lse[batch, head, rows] = highest * (1 / gpu_tile.LOG2_E) + jnp.log(total)
-        hopper.write_tile(values / divisor, q_tile, out.at[batch, rows, head])
+        softmax = gpu_tile.Softmax.of_nothing(v.shape[3])
+        values, lse[batch, head, rows] = ring.fold(visited.num_tiles, accumulate, softmax).result()
+        hopper.write_tile(values, q_tile, out.at[batch, rows, head])
 
     def copy():
-        kv_head = jax.lax.div(head, q.shape[2] // k.shape[2])
-
-        def pieces(i):
-            start = (visited.first + i) * KEYS
-            rows = pl.ds(start, KEYS)
-            yield k.at[batch, rows, kv_head]
-            yield v.at[batch, rows, kv_head]
-            for x in tokens[1:]:
-                yield gpu_tile.of_batch(x, batch, start, KEYS)
-
-        ring.fill(num_tiles, pieces)
+        gpu_tile.fill_key_ring(ring, visited, q, k, v, tokens, batch, head, KEYS)
 
     hopper.run_roles(compute, copy)

@@ -61,11 +61,7 @@ def _queries_gradient(spec: Spec, q, d_out, k, v, statistics, tokens):
             plgpu.SMEM((WARPGROUPS, ROWS, width), d_out.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
             plgpu.SMEM((WARPGROUPS, ROWS, COLUMNS), k.dtype),
-            hopper.ring(
-                ((COLUMNS, width), k.dtype),
-                ((COLUMNS, width), v.dtype),
-                *(((x.shape[1], COLUMNS), x.dtype) for x in tokens[1:]),
-            ),
+            gpu_tile.key_ring(k, v, tokens, COLUMNS),
         ),
         grid=gpu_tile.grid(batch, heads, length),
         interpret=spec.interpret,
@@ -81,7 +77,6 @@ def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
     # Causal rows are the longer the later they are, and the longest begin first.
     block = table.shape[0] - 1 - index
     visited = gpu_tile.load_visited(table, block)
-    num_tiles = visited.stop - visited.first
 
     def compute(warpgroup):
         start = block * BLOCK + warpgroup * ROWS
@@ -115,21 +110,11 @@ def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
             hopper.stage((d_logits, d_logit_tile))
             return q_sums + hopper.product(d_logit_tile, k_tile)
 
-        q_sums = ring.fold(num_tiles, accumulate, hopper.zeros(ROWS, q.shape[3]))
+        q_sums = ring.fold(visited.num_tiles, accumulate, hopper.zeros(ROWS, q.shape[3]))
         hopper.write_tile(q_sums * spec.scale, q_tile, dq.at[batch, rows, head])
 
     def copy():
-        kv_head = jax.lax.div(head, q.shape[2] // k.shape[2])
-
-        def pieces(i):
-            start = (visited.first + i) * COLUMNS
-            columns = pl.ds(start, COLUMNS)
-            yield k.at[batch, columns, kv_head]
-            yield v.at[batch, columns, kv_head]
-            for x in tokens[1:]:
-                yield gpu_tile.of_batch(x, batch, start, COLUMNS)
-
-        ring.fill(num_tiles, pieces)
+        gpu_tile.fill_key_ring(ring, visited, q, k, v, tokens, batch, head, COLUMNS)
 
     hopper.run_roles(compute, copy)
 
@@ -167,7 +152,7 @@ def _keys_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
     *tokens, dk, dv, k_tiles, v_tiles, filled, weight_tiles, d_logit_tiles, ring = rest
     batch, kv_head, block = (jax.lax.axis_index(name) for name in gpu_tile.AXES)
     visited = gpu_tile.load_visited(table, block)
-    tiles_of_head = visited.stop - visited.first
+    tiles_of_head = visited.num_tiles
     group = q.shape[2] // k.shape[2]
     num_tiles = tiles_of_head * group
 

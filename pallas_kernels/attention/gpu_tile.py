@@ -15,11 +15,14 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import hopper
 from pallas_kernels.attention import visits
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens, token_rows
 from pallas_kernels.hopper import ROWS, WARPGROUPS, along, load_vector
 
 LOG2_E = math.log2(math.e)
+# Below any logit, and finite: the difference of two of them is 0.
+LOWEST = -1e30
 # Rows of a block.
 BLOCK = WARPGROUPS * ROWS
 # Entries of a head that a padded row has a multiple of: 128 bytes, the widest swizzle of shared memory.
@@ -97,6 +100,40 @@ def where_allowed(spec: Spec, x, fill: float, query, key, is_full, *, queries_ax
     return mask(x) if spec.has_tokens else jax.lax.cond(is_full, lambda x: x, mask, x)
 
 
+class Softmax(NamedTuple):
+    """The softmax of rows that meet one tile of keys after the other, in registers (FlashAttention-2, algorithm 1).
+
+    Attributes:
+        values: sum of the weighted values, float32 [ROWS, Dv].
+        total: sum of the weights, float32 [ROWS].
+        highest: logit, in base 2, of which a weight is 1, float32 [ROWS].
+    """
+
+    values: jax.Array
+    total: jax.Array
+    highest: jax.Array
+
+    @classmethod
+    def of_nothing(cls, value_dim: int) -> "Softmax":
+        nothing = hopper.zeros(ROWS)
+        return cls(hopper.zeros(ROWS, value_dim), nothing, nothing + LOWEST)
+
+    def add(self, logits, v_tile, weight_tile) -> "Softmax":
+        """With a tile's logits in base 2 and its values; `weight_tile` is shared memory for the weights."""
+        highest = jnp.maximum(self.highest, logits.max(axis=1))
+        weights = jnp.exp2(logits - along(highest, logits.shape, 0))
+        rescale = jnp.exp2(self.highest - highest)
+        hopper.stage((weights, weight_tile))
+        values = self.values * along(rescale, self.values.shape, 0)
+        values += hopper.product(weight_tile, v_tile)
+        return Softmax(values, self.total * rescale + weights.sum(axis=1), highest)
+
+    def result(self):
+        """Output and log-sum-exp; a row that saw nothing has total 0: 0 and -inf."""
+        divisor = along(jnp.where(self.total == 0, 1, self.total), self.values.shape, 0)
+        return self.values / divisor, self.highest * (1 / LOG2_E) + jnp.log(self.total)
+
+
 def load_tokens(ref, axis: int) -> Tokens:
     """int32 [1 or 2, T] -> the vectors of positions and, if any, of segments along `axis` of a tile."""
     return Tokens(
@@ -114,6 +151,10 @@ class Visited(NamedTuple):
     stop: jax.Array
     first_full: jax.Array
     stop_full: jax.Array
+
+    @property
+    def num_tiles(self):
+        return self.stop - self.first
 
     def is_full(self, tile):
         """Whether the static mask allows all of a visited tile."""
@@ -168,6 +209,28 @@ def token_arrays(spec: Spec, queries: Tokens, keys: Tokens, q_block: int, k_bloc
 def of_batch(tokens, batch, start, length: int):
     """The tokens [start, start + length) of a row of `token_arrays`, whose batch may be 1."""
     return tokens.at[batch if tokens.shape[0] > 1 else 0, :, pl.ds(start, length)]
+
+
+def key_ring(k, v, tokens, length: int) -> hopper.Ring:
+    """Scratch for a ring of tiles of `length` keys; `tokens` as `token_arrays` makes them."""
+    pieces = [((length, x.shape[3]), x.dtype) for x in (k, v)]
+    pieces += [((x.shape[1], length), x.dtype) for x in tokens[1:]]
+    return hopper.ring(*pieces)
+
+
+def fill_key_ring(ring: hopper.Ring, visited: Visited, q, k, v, tokens, batch, head, length: int):
+    """Copies the tiles that a block of the query head `head` visits; for the warpgroup that copies."""
+    kv_head = jax.lax.div(head, q.shape[2] // k.shape[2])
+
+    def pieces(i):
+        start = (visited.first + i) * length
+        rows = pl.ds(start, length)
+        yield k.at[batch, rows, kv_head]
+        yield v.at[batch, rows, kv_head]
+        for x in tokens[1:]:
+            yield of_batch(x, batch, start, length)
+
+    ring.fill(visited.num_tiles, pieces)
 
 
 def grid(batch: int, heads: int, length: int) -> dict[str, int]:

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.attention.gpu_tile import LOG2_E, base2_logits
+from pallas_kernels.attention.gpu_tile import Softmax, base2_logits
 from pallas_kernels.decode_attention.gpu_parts import (
     ALIGNMENT,
     Part,
@@ -35,8 +35,6 @@ from pallas_kernels.hopper import ROWS, WARPGROUPS
 LARGEST_HEAD_DIM = 128
 # Entries of a head: 32 bytes, the narrowest rows of shared memory that `wgmma` reads.
 HEAD_MULTIPLE = 16
-# Below any logit, and finite: the difference of two of them is 0.
-LOWEST = -1e30
 
 
 def refuses(
@@ -159,29 +157,18 @@ def _kernel(spec: Spec, num_tables: int, *refs):
         weight_tile, out_tile = weight_tiles.at[warpgroup], out_tiles.at[warpgroup]
         plgpu.barrier_wait(q_filled)
 
-        def accumulate(i, pieces, carry):
-            values, total, highest = carry
+        def accumulate(i, pieces, softmax):
             k_tile, v_tile = (piece.at[warpgroup] for piece in pieces)
             own = part.start + i * spec.keys + warpgroup * spec.half
             start = _start_of_copy(spec, own)
             logits = base2_logits(spec, hopper.product(q_tile, k_tile.T))
             logits = _hide(spec, part, logits, v_tile, block, own, start)
-            now = jnp.maximum(highest, logits.max(axis=1))
-            weights = jnp.exp2(logits - hopper.along(now, logits.shape, 0))
-            rescale = jnp.exp2(highest - now)
-            hopper.stage((weights, weight_tile))
-            values *= hopper.along(rescale, values.shape, 0)
-            values += hopper.product(weight_tile, v_tile)
-            return values, total * rescale + weights.sum(axis=1), now
+            return softmax.add(logits, v_tile, weight_tile)
 
-        nothing = hopper.zeros(ROWS)
-        carry = (hopper.zeros(ROWS, v.shape[3]), nothing, nothing + LOWEST)
-        values, total, highest = ring.fold(part.num_tiles, accumulate, carry)
-        # A row that sees nothing has total 0: out 0, lse -inf.
-        divisor = hopper.along(jnp.where(total == 0, 1, total), values.shape, 0)
         own_part = index * WARPGROUPS + warpgroup
-        lse[batch, own_part, block_of_head] = highest * (1 / LOG2_E) + jnp.log(total)
-        hopper.stage((values / divisor, out_tile))
+        softmax = ring.fold(part.num_tiles, accumulate, Softmax.of_nothing(v.shape[3]))
+        values, lse[batch, own_part, block_of_head] = softmax.result()
+        hopper.stage((values, out_tile))
         plgpu.copy_smem_to_gmem(out_tile.at[pl.ds(0, spec.rows)], out.at[batch, own_part, rows])
         plgpu.wait_smem_to_gmem(0)
 
