@@ -68,7 +68,9 @@ def _forward(spec, q, k, v, queries, keys):
     padded_q = gpu_tile.pad_heads(q, BLOCK, width)
     padded_k, padded_v = (gpu_tile.pad_heads(x, KEYS, width) for x in (k, v))
     batch, length, heads, _ = padded_q.shape
-    table = gpu_tile.ranges(*visits.by_queries(spec.mask, Blocks(BLOCK, KEYS), spec.has_tokens))
+    table = visits.ranges(
+        visits.by_queries(spec.mask, Blocks(BLOCK, KEYS), spec.has_tokens), axis="query"
+    )
     out, lse = hopper.call(
         functools.partial(_kernel, spec),
         (table, padded_q, padded_k, padded_v, *tokens),

@@ -51,7 +51,9 @@ def backward(spec: Spec, saved, cotangents):
 def _queries_gradient(spec: Spec, q, d_out, k, v, statistics, tokens):
     """dq [B, Tq, H, D] of padded arrays; `statistics` are lse and delta, float32 [B, H, 2, Tq]."""
     batch, length, heads, width = q.shape
-    table = gpu_tile.ranges(*visits.by_queries(spec.mask, Blocks(BLOCK, COLUMNS), spec.has_tokens))
+    table = visits.ranges(
+        visits.by_queries(spec.mask, Blocks(BLOCK, COLUMNS), spec.has_tokens), axis="query"
+    )
     (dq,) = hopper.call(
         functools.partial(_queries_kernel, spec),
         (table, q, d_out, k, v, statistics, *tokens),
@@ -122,8 +124,9 @@ def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
 def _keys_gradients(spec: Spec, q, d_out, k, v, statistics, tokens):
     """dk and dv [B, Tk, Hkv, D] of padded arrays; `statistics` are lse and delta, float32 [B, H, 2, Tq]."""
     batch, length, kv_heads, width = k.shape
-    query, key, kind = visits.by_keys(spec.mask, Blocks(COLUMNS, BLOCK), spec.has_tokens)
-    table = gpu_tile.ranges(key, query, kind)
+    table = visits.ranges(
+        visits.by_keys(spec.mask, Blocks(COLUMNS, BLOCK), spec.has_tokens), axis="key"
+    )
     return hopper.call(
         functools.partial(_keys_kernel, spec),
         (table, q, d_out, k, v, statistics, *tokens),

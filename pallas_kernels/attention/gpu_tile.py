@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.attention import visits
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens, token_rows
 from pallas_kernels.hopper import ROWS, WARPGROUPS, along, load_vector
 
@@ -145,12 +143,12 @@ def load_tokens(ref, axis: int) -> Tokens:
 
 
 class Visited(NamedTuple):
-    """The tiles [first, stop) that a block visits, of which [first_full, stop_full) need no mask."""
+    """The tiles [first, stop) that a block visits, of which [first_full, stop_full) need no mask (`visits.ranges`)."""
 
     first: jax.Array
-    stop: jax.Array
     first_full: jax.Array
     stop_full: jax.Array
+    stop: jax.Array
 
     @property
     def num_tiles(self):
@@ -161,23 +159,8 @@ class Visited(NamedTuple):
         return (tile >= self.first_full) & (tile < self.stop_full)
 
 
-def ranges(outer, inner, kind) -> np.ndarray:
-    """`visits.Visits`, here with the blocks' side first -> int32 [blocks, 4], the entries of `Visited` of each."""
-    rows = []
-    for block in range(outer.max() + 1):
-        visited = inner[(outer == block) & (kind & visits.EMPTY == 0)]
-        full = inner[(outer == block) & (kind & (visits.EMPTY | visits.MASKED) == 0)]
-        # What a row sees lies together, and so do the tiles of which all rows see everything.
-        rows.append([bound for x in (visited, full) for bound in _bounds(x)])
-    return np.array(rows, np.int32)
-
-
-def _bounds(tiles) -> tuple[int, int]:
-    return (tiles.min(), tiles.max() + 1) if tiles.size else (0, 0)
-
-
 def load_visited(table, block) -> Visited:
-    """Reads what `ranges` wrote."""
+    """Reads a row of `visits.ranges`."""
     return Visited(*(table[block, i] for i in range(4)))
 
 

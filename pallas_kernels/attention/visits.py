@@ -1,7 +1,8 @@
-"""Which tiles of the Tq x Tk logits the TPU kernels visit, and in which order.
+"""Which tiles of the Tq x Tk logits an implementation visits, and in which order.
 
-The last axis of a kernel's grid runs over the visited tiles only: a tile that the static mask leaves empty costs no
-grid step and no copy to VMEM. The lists are prefetched to scalar memory, where the index maps of the blocks read them.
+The last axis of a TPU kernel's grid runs over the visited tiles only: a tile that the static mask leaves empty costs
+no grid step and no copy to VMEM. The lists are prefetched to scalar memory, where the index maps of the blocks read
+them. The others loop over the `ranges` of them.
 """
 
 from typing import NamedTuple
@@ -36,6 +37,24 @@ def by_keys(mask: Mask, blocks: Blocks, needs_mask: bool) -> Visits:
     outer = range(0, mask.num_keys, blocks.keys)
     reach = [mask.queries_of(x, min(x + blocks.keys, mask.num_keys)) for x in outer]
     return _visits(reach, blocks.queries, lambda i, j: (j, i), mask, blocks, needs_mask)
+
+
+def ranges(visits: Visits, axis: str) -> np.ndarray:
+    """The visits of each block of one side ("query" or "key"), as bounds of tiles of the other side.
+
+    Returns:
+        int32 [blocks, 4]: first, first_full, stop_full, stop; the tiles [first_full, stop_full) need no mask.
+    """
+    outer, inner = (visits.query, visits.key) if axis == "query" else (visits.key, visits.query)
+    rows = []
+    for block in range(outer.max() + 1):
+        visited = inner[(outer == block) & (visits.kind & EMPTY == 0)]
+        full = inner[(outer == block) & (visits.kind & (EMPTY | MASKED) == 0)]
+        # What a row sees lies together, and so do the tiles of which all rows see everything.
+        first, stop = (visited.min(), visited.max() + 1) if visited.size else (0, 0)
+        first_full, stop_full = (full.min(), full.max() + 1) if full.size else (first, first)
+        rows.append((first, first_full, stop_full, stop))
+    return np.array(rows, np.int32)
 
 
 def _visits(reach, inner_block, query_and_key, mask, blocks, needs_mask) -> Visits:

@@ -22,9 +22,7 @@ from proof import (
 from test_attention_kernel import random_inputs, random_segments
 
 from pallas_kernels import attention, topology
-from pallas_kernels.attention import IMPLEMENTATIONS, gpu, gpu_tile, visits
-from pallas_kernels.attention.blocks import Blocks
-from pallas_kernels.attention.mask import PADDING, Mask, Tokens
+from pallas_kernels.attention import IMPLEMENTATIONS, gpu
 
 # [B, Tq, Tk, H, Hkv] and options. The interpreter takes its time by blocks of 128 rows, whatever they hold.
 CASES = {
@@ -123,32 +121,6 @@ def test_tiles_outside_of_the_mask_are_never_visited(rng):
     (dq, dk, dv), (out, _) = jax.jit(with_gradients({"window": 30}))(q, k, v)
     assert np.all(np.isfinite(out)) and np.all(np.isfinite(dq))
     assert np.all(dk[:, :256] == 0) and np.all(dv[:, :256] == 0)
-
-
-@pytest.mark.parametrize("order", [visits.by_queries, visits.by_keys])
-def test_ranges_are_the_tiles_that_hold_something(rng, order):
-    for _ in range(100):
-        num_queries, num_keys = rng.integers(1, 40, 2).tolist()
-        causal = rng.random() < 0.8
-        window = int(rng.integers(1, 30)) if causal and rng.random() < 0.6 else None
-        mask = Mask(num_queries, num_keys, causal, window, is_ordered=True)
-        lengths = Blocks(*rng.integers(1, 9, 2).tolist())
-        query, key = np.mgrid[:num_queries, : -(-num_keys // lengths.keys) * lengths.keys]
-        keys = Tokens(np.where(key < num_keys, key, PADDING), None)
-        allowed = mask.allowed(Tokens(query + mask.offset, None), keys)
-        listed = order(mask, lengths, needs_mask=False)
-        sides = (listed.query, listed.key)
-        if order is visits.by_keys:
-            allowed, lengths, sides = allowed.T, lengths[::-1], sides[::-1]
-        table = gpu_tile.ranges(*sides, listed.kind)
-        assert len(table) == -(-allowed.shape[0] // lengths[0])
-        for block, row in enumerate(table):
-            visited = gpu_tile.Visited(*row)
-            rows = allowed[block * lengths[0] :][: lengths[0]]
-            for tile in range(-(-allowed.shape[1] // lengths[1])):
-                part = rows[:, tile * lengths[1] :][:, : lengths[1]]
-                assert (visited.first <= tile < visited.stop) == part.any()
-                assert visited.is_full(tile) == part.all()
 
 
 @pytest.mark.slow

@@ -9,7 +9,9 @@ import pytest
 from proof import assert_close, relative_error, temporary_bytes
 
 from pallas_kernels import attention
-from pallas_kernels.attention.mask import Mask
+from pallas_kernels.attention import visits
+from pallas_kernels.attention.blocks import Blocks
+from pallas_kernels.attention.mask import PADDING, Mask, Tokens
 
 
 def random_inputs(rng, batch, num_queries, num_keys, heads, kv_heads, dim=4, value_dim=6):
@@ -269,3 +271,28 @@ def test_bad_input_is_named(change, message):
     } | change
     with pytest.raises(ValueError, match=message):
         attention(**arguments)
+
+
+@pytest.mark.parametrize("order", [visits.by_queries, visits.by_keys])
+def test_ranges_are_the_tiles_that_hold_something(rng, order):
+    for _ in range(100):
+        num_queries, num_keys = rng.integers(1, 40, 2).tolist()
+        causal = rng.random() < 0.8
+        window = int(rng.integers(1, 30)) if causal and rng.random() < 0.6 else None
+        mask = Mask(num_queries, num_keys, causal, window, is_ordered=True)
+        lengths = Blocks(*rng.integers(1, 9, 2).tolist())
+        query, key = np.mgrid[:num_queries, : -(-num_keys // lengths.keys) * lengths.keys]
+        keys = Tokens(np.where(key < num_keys, key, PADDING), None)
+        allowed = mask.allowed(Tokens(query + mask.offset, None), keys)
+        listed = order(mask, lengths, needs_mask=False)
+        axis = "query"
+        if order is visits.by_keys:
+            allowed, lengths, axis = allowed.T, lengths[::-1], "key"
+        table = visits.ranges(listed, axis)
+        assert len(table) == -(-allowed.shape[0] // lengths[0])
+        for block, (first, first_full, stop_full, stop) in enumerate(table):
+            rows = allowed[block * lengths[0] :][: lengths[0]]
+            for tile in range(-(-allowed.shape[1] // lengths[1])):
+                part = rows[:, tile * lengths[1] :][:, : lengths[1]]
+                assert (first <= tile < stop) == part.any()
+                assert (first_full <= tile < stop_full) == part.all()
