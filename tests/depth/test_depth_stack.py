@@ -49,7 +49,9 @@ def test_scanned_layers_equal_unrolled_ones(policy, num_layers, rng):
         np.testing.assert_allclose(got_aux[name], want_aux[name], rtol=1e-5, err_msg=name)
 
 
-@pytest.mark.parametrize(("remat", "scan_layers"), [("full", True), ("dots", False)])
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"), [("full", True), pytest.param("dots", False, marks=pytest.mark.slow)]
+)
 def test_rematerialisation_keeps_gradients(remat, scan_layers, rng):
     inputs = packed(rng)
     policy = MixtureOfRecursions(2, "cycle", kv_sharing="shared")

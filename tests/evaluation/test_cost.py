@@ -61,7 +61,7 @@ def test_a_model_without_experts_uses_all_of_itself():
 def test_memory_and_latency_of_the_compiled_forward_pass():
     model = create("transformer", ffn={"hidden_dim": F})
     inputs = {"tokens": jnp.zeros((3, 8), jnp.int32)}
-    variables = model.init(jax.random.key(0), **inputs)
+    variables = jax.jit(model.init)(jax.random.key(0), **inputs)
     forward = compile_forward(model, variables, inputs)
     logits, metrics = forward(variables, inputs)
     assert logits.shape == (3, 8, V)

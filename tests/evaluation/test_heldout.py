@@ -74,7 +74,7 @@ def test_uniform_model_needs_log2_of_the_vocabulary(rng):
 def test_padding_rows_change_nothing(rng):
     model = models.create("transformer", vocab_size=VOCAB, d_model=16, num_layers=2)
     batch = text_batch(rng, 3, 8, VOCAB)
-    variables = model.init(jax.random.key(0), batch["tokens"])
+    variables = jax.jit(model.init)(jax.random.key(0), batch["tokens"])
     padded = {name: np.concatenate([x, np.zeros_like(x[:2])]) for name, x in batch.items()}
     padded["tokens"][-2:] = VOCAB - 1
     ones = np.ones(VOCAB, np.int32)

@@ -30,8 +30,15 @@ def loss_fn(model, tokens):
     return loss
 
 
-@pytest.mark.parametrize("name", ["switch", "adamoe"])
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
+@pytest.mark.parametrize(
+    ("name", "dispatch"),
+    [
+        ("adamoe", "dropless"),
+        pytest.param("adamoe", "capacity", marks=pytest.mark.slow),
+        pytest.param("switch", "dropless", marks=pytest.mark.slow),
+        pytest.param("switch", "capacity", marks=pytest.mark.slow),
+    ],
+)
 def test_every_parameter_learns(rng, name, dispatch):
     model = create(name, **{"ffn.dispatch": dispatch})
     tokens = jnp.asarray(rng.integers(0, 31, size=(4, 48)))
@@ -45,7 +52,7 @@ def test_every_parameter_learns(rng, name, dispatch):
         assert (leaf != 0).any(), path
 
 
-@pytest.mark.parametrize("name", ["switch", "adamoe"])
+@pytest.mark.parametrize("name", [pytest.param("switch", marks=pytest.mark.slow), "adamoe"])
 def test_scanned_and_rematerialised_layers_give_the_same(rng, name):
     tokens = jnp.asarray(rng.integers(0, 31, size=(2, 24)))
     model = create(name, num_layers=2, remat="full")

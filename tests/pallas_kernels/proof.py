@@ -22,10 +22,15 @@ def by_chip(cases: dict) -> list:
 
 
 def rest_slow(cases, *default) -> list:
-    """Cases of which those not in `default` are for `-m slow`: GPU kernels take seconds to be interpreted."""
+    """Cases of which those not in `default` are for `-m slow`: kernels take seconds to be interpreted."""
     return [
-        case if case in default else pytest.param(case, marks=pytest.mark.slow) for case in cases
+        case if case in default else pytest.param(*_values(case), marks=pytest.mark.slow)
+        for case in cases
     ]
+
+
+def _values(case) -> tuple:
+    return case if isinstance(case, tuple) else (case,)
 
 
 def relative_error(got, want) -> float:

@@ -38,7 +38,7 @@ CASES = {
 
 @pytest.mark.parametrize(
     "case",
-    rest_slow(CASES, "causal, grouped heads", "window and segments"),
+    rest_slow(CASES, "window and segments"),
 )
 def test_kernel_with_every_gradient_equals_float64(rng, case):
     (batch, num_queries, num_keys, heads, kv_heads), options = CASES[case]
@@ -102,6 +102,7 @@ def test_no_race_in_the_backward_with_more_tiles_than_a_ring_holds(rng, race_det
     assert_close_to_xla(got, jax.jit(with_gradients({}, "xla")), arrays)
 
 
+@pytest.mark.slow
 def test_rows_that_see_nothing_give_zero_and_finite_gradients(rng):
     arrays = random_arrays(rng, 1, 120, 120, 1, 1)
     segment_ids = jnp.asarray(np.arange(120) // 60, jnp.int32)[None]  # the first half is padding
@@ -113,6 +114,7 @@ def test_rows_that_see_nothing_give_zero_and_finite_gradients(rng):
         assert np.all(gradient[:, :60] == 0) and np.any(gradient[:, 60:] != 0)
 
 
+@pytest.mark.slow
 def test_tiles_outside_of_the_mask_are_never_visited(rng):
     """What a tile multiplies by 0 would still turn into NaN."""
     q, k, v = random_arrays(rng, 1, 128, 512, 1, 1)

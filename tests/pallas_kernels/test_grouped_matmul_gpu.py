@@ -43,7 +43,7 @@ def check(rng, case, implementation="gpu_interpret"):
     assert_close(make_function, inputs, cotangents, "bfloat16", implementation)
 
 
-@pytest.mark.parametrize("case", rest_slow(CASES, "groups that meet in a tile", "no rows"))
+@pytest.mark.parametrize("case", rest_slow(CASES, "groups that meet in a tile"))
 def test_values_and_every_gradient_equal_float64(rng, case):
     check(rng, case)
 
@@ -66,6 +66,7 @@ def out_and_gradients(implementation):
     return function
 
 
+@pytest.mark.slow
 def test_rows_of_no_group_and_of_other_groups_are_nowhere(rng):
     lhs = jnp.asarray(rng.normal(size=(60, 4)), jnp.bfloat16).at[10:20].set(jnp.nan)
     lhs = lhs.at[50:].set(jnp.nan)

@@ -160,6 +160,7 @@ def test_no_race_in_the_backward(rng, race_detector):
     assert_close_to_xla(got, jax.jit(with_gradients("xla")), arrays)
 
 
+@pytest.mark.slow
 def test_padding_gives_zero_and_no_gradients(rng):
     arrays = random_arrays(rng, 120)
     segment_ids = jnp.asarray(np.arange(120) // 60, jnp.int32)[None]  # the first half is padding

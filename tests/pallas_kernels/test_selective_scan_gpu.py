@@ -111,6 +111,7 @@ def test_no_race_with_more_chunks_than_a_ring_holds(rng, short_chunks, race_dete
     assert_like_xla(function, "gpu_checked", inputs, segment_ids)
 
 
+@pytest.mark.slow
 def test_rows_of_padding_keep_the_state_and_have_no_gradient(rng, short_chunks):
     inputs = in_float32(random_inputs(rng, 2, 6, 3, 2))
     segment_ids = jnp.asarray(np.stack([np.zeros(6, int), random_segments(rng, 1, 6)[0]]))
@@ -130,6 +131,7 @@ def test_rows_of_padding_keep_the_state_and_have_no_gradient(rng, short_chunks):
     )
 
 
+@pytest.mark.slow
 def test_a_long_decay_underflows_to_zero_and_not_to_nan(rng, short_chunks):
     inputs = in_float32(random_inputs(rng, 1, 6, 3, 2))
     inputs["A"] *= 1e6

@@ -86,6 +86,7 @@ def test_heads_of_a_group_in_several_blocks(rng):
     hold_against_float64(rng, (1, 30, 3, 16, 1, 6))
 
 
+@pytest.mark.slow
 def test_a_row_of_padding(rng):
     """y 0, no gradients, and the state stays."""
     segment_ids = random_segments(rng, 2, 30)
@@ -106,10 +107,9 @@ def race_detector(monkeypatch):
     detect_races(monkeypatch, IMPLEMENTATIONS, gpu.ssd_scan)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes",
-    [(1, 260, 1, 8, 1, 4), pytest.param((1, 20, 3, 8, 1, 4), marks=pytest.mark.slow)],
-    ids=["chunks", "heads"],
+    "sizes", [(1, 260, 1, 8, 1, 4), (1, 20, 3, 8, 1, 4)], ids=["chunks", "heads"]
 )
 def test_no_race_with_more_tiles_than_a_ring_holds(rng, few_blocks, race_detector, sizes):
     hold_against_float64(

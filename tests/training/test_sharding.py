@@ -36,15 +36,15 @@ BASELINES = ("transformer", "recursive")
 
 
 def cases():
-    """Headliners on each mesh of one axis, the other models on that of three; what is left is for `-m slow`.
+    """Headliners on each mesh of one axis, a routed one and a scan on that of three; the rest is for `-m slow`.
 
     So is the axis of experts for models without experts, which leave it idle.
     """
     for name, mesh in itertools.product(FIELDS, MESHES):
         is_idle = mesh == "expert" and name not in WITH_EXPERTS
         is_other = name in BASELINES or name in STATE_SPACE
-        runs = mesh == "all" if is_other else mesh != "all" and not is_idle
-        runs = runs or (name, mesh) == ("mor", "all")
+        runs = not is_other and mesh != "all" and not is_idle
+        runs = runs or (name, mesh) in [("mor", "all"), ("mamba2", "all")]
         yield pytest.param(name, mesh, marks=[] if runs else [pytest.mark.slow])
 
 

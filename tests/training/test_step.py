@@ -9,7 +9,7 @@ import pytest
 
 from effjax import models
 from effjax.objectives import next_token
-from effjax.training.state import TrainState, init_state
+from effjax.training.state import TrainState, init_state, initialise
 from effjax.training.step import make_train_step
 
 MODEL = models.create("transformer", d_model=16, num_layers=1, vocab_size=11, max_seq_len=8)
@@ -27,6 +27,11 @@ def make_batch(seed, rows=8, length=8):
     }
 
 
+def first_state(optimizer, model=MODEL, seed=0, ema=False):
+    init = functools.partial(init_state, model, optimizer, seq_len=8, seed=seed, ema=ema)
+    return initialise(init)
+
+
 @pytest.fixture
 def seed():
     seed = secrets.randbelow(2**31)
@@ -36,15 +41,20 @@ def seed():
 
 def test_cross_entropy_is_that_of_the_unmasked_targets(seed):
     batch = make_batch(seed)
-    variables = MODEL.init(jax.random.key(seed), batch["tokens"])
-    loss, metrics = next_token(MODEL, variables, batch, None)
-    logits = np.asarray(MODEL.apply(variables, batch["tokens"]).logits, np.float64)
+    variables = first_state(optax.sgd(0.1), seed=seed).variables()
+
+    @jax.jit
+    def evaluate(variables, batch):
+        plain, with_z = (next_token(MODEL, variables, batch, None, z_loss=z) for z in (0.0, 0.1))
+        return plain, with_z[0], MODEL.apply(variables, batch["tokens"]).logits
+
+    (loss, metrics), with_z, logits = evaluate(variables, batch)
+    logits = np.asarray(logits, np.float64)
     log_z = np.log(np.exp(logits).sum(-1))
     target = np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
     mask = batch["loss_mask"] > 0
     np.testing.assert_allclose(loss, (log_z - target)[mask].mean(), rtol=1e-5)
     assert metrics["weight"] == mask.sum()
-    with_z, _ = next_token(MODEL, variables, batch, None, z_loss=0.1)
     np.testing.assert_allclose(with_z - loss, 0.1 * (log_z[mask] ** 2).mean(), rtol=1e-4)
 
 
@@ -53,7 +63,7 @@ def test_accumulation_is_the_update_of_the_whole_batch(count, seed):
     """Even though the micro-batches have different numbers of targets."""
     optimizer = optax.sgd(0.5)
     batch = make_batch(seed)
-    state = init_state(MODEL, optimizer, seq_len=8, seed=0, ema=False)
+    state = first_state(optimizer)
     whole, expected = jax.jit(make_train_step(MODEL, next_token, optimizer))(state, batch)
     parts, found = jax.jit(make_train_step(MODEL, next_token, optimizer, accumulation_steps=count))(
         state, batch
@@ -71,7 +81,7 @@ def test_accumulation_is_the_update_of_the_whole_batch(count, seed):
 def test_ema_follows_its_recurrence(seed):
     optimizer = optax.sgd(0.5)
     batch = make_batch(seed)
-    state = init_state(MODEL, optimizer, seq_len=8, seed=0, ema=True)
+    state = first_state(optimizer, ema=True)
     step = jax.jit(make_train_step(MODEL, next_token, optimizer, ema_decay=0.75))
     expected = jax.tree.map(np.asarray, state.params)
     for _ in range(3):
@@ -86,7 +96,7 @@ def test_ema_follows_its_recurrence(seed):
 def test_a_step_is_a_pure_function_of_state_and_batch(seed):
     optimizer = optax.adam(1e-2)
     batch = make_batch(seed)
-    state = init_state(MODEL, optimizer, seq_len=8, seed=seed % 100, ema=False)
+    state = first_state(optimizer, seed=seed % 100)
     step = jax.jit(make_train_step(MODEL, next_token, optimizer))
     first, again = step(state, batch), step(state, batch)
     jax.tree.map(np.testing.assert_array_equal, first, again)
@@ -98,12 +108,11 @@ def test_a_step_is_a_pure_function_of_state_and_batch(seed):
 def test_float32_parameters_under_bfloat16_compute(seed):
     model = MODEL.clone(dtype="bfloat16")
     batch = make_batch(seed)
-    state = init_state(model, optax.sgd(0.1), seq_len=8, seed=0, ema=False)
+    state = first_state(optax.sgd(0.1), model)
     state, metrics = jax.jit(make_train_step(model, next_token, optax.sgd(0.1)))(state, batch)
     assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
-    out = model.apply(state.variables(), batch["tokens"])
+    out, full = (jax.jit(m.apply)(state.variables(), batch["tokens"]) for m in (model, MODEL))
     assert out.hidden.dtype == jnp.bfloat16 and out.logits.dtype == jnp.float32
-    full = MODEL.apply(state.variables(), batch["tokens"])
     error = np.linalg.norm(out.logits - full.logits) / np.linalg.norm(full.logits)
     assert 0 < error < 3e-2
     assert np.isfinite(metrics["loss"])
