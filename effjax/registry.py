@@ -21,6 +21,7 @@ from flax import linen as nn
 # The room where the parts of each kind register themselves; imported when the kind is first asked for.
 ROOMS = {
     "depth": "effjax.depth",
+    "embed": "effjax.nn",
     "ffn": "effjax.ffn",
     "head": "effjax.heads",
     "mixer": "effjax.mixers",

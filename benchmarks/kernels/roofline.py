@@ -1,10 +1,23 @@
 """The least time that a chip allows for some work: arithmetic over its peaks, bytes over its bandwidth.
 
 Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore architectures", CACM
-52(4), 2009, with a roof for each of the two units that compute, since a matrix unit cannot do what a vector unit does.
+52(4), 2009, with a roof for each unit that computes: a matrix unit cannot do what a vector unit does, and exponentials
+have a unit of their own. A matrix unit is as long busy with a narrow product as with one of its own width, so that
+small dimensions have a roof above that of their operations; where it is the highest, the bound says "padded matmul".
 """
 
 import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """[rows, contracted] x [contracted, columns], `times` of them."""
+
+    rows: int
+    contracted: int
+    columns: int
+    times: float = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,14 +26,24 @@ class Work:
 
     Attributes:
         matmul_flops: operations that a matrix unit can do.
-        vector_flops: operations that it cannot: elementwise products, sums and exponentials, one each.
+        vector_flops: operations that it cannot: elementwise products and sums.
+        exponentials: one each, whatever the base.
+        products: ways to do the operations of `matmul_flops`, of which the fastest counts (a way for each length of a
+            chunk, say): the products of each. Empty: they are large, and no unit is padded.
     """
 
     matmul_flops: float = 0.0
     vector_flops: float = 0.0
+    exponentials: float = 0.0
+    products: tuple[tuple[Product, ...], ...] = ()
 
     def times(self, factor: float) -> "Work":
-        return Work(self.matmul_flops * factor, self.vector_flops * factor)
+        products = tuple(
+            tuple(dataclasses.replace(x, times=x.times * factor) for x in way)
+            for way in self.products
+        )
+        scaled = (x * factor for x in (self.matmul_flops, self.vector_flops, self.exponentials))
+        return Work(*scaled, products)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,49 +53,87 @@ class Chip:
     Attributes:
         peak_flops: operations a second of the matrix units, bfloat16.
         hbm_bytes_per_second: bandwidth of the memory.
-        matmul_flops_per_cycle: operations a cycle of the matrix units together.
+        matrix_units: of the core.
+        matrix_width: rows and columns of a matrix unit.
+        matrix_rows_per_cycle: rows of the streamed operand that a matrix unit takes in a cycle.
         vector_flops_per_cycle: operations a cycle of the vector unit.
+        exponentials_per_cycle: of the unit for transcendental functions.
     """
 
     peak_flops: float
     hbm_bytes_per_second: float
-    matmul_flops_per_cycle: int
+    matrix_units: int
+    matrix_width: int
+    matrix_rows_per_cycle: int
     vector_flops_per_cycle: int
+    exponentials_per_cycle: int
+
+    @property
+    def matmul_flops_per_cycle(self) -> int:
+        """Operations a cycle of the matrix units together."""
+        return 2 * self.matrix_units * self.matrix_rows_per_cycle * self.matrix_width**2
 
     @property
     def clock(self) -> float:
         """Cycles a second."""
         return self.peak_flops / self.matmul_flops_per_cycle
 
+    def padded_cycles(self, product: Product) -> float:
+        """Of all matrix units: a tile of one operand lies in a unit, and the rows of the other go through it.
 
-# A vector register has 8 x 128 lanes, and a bundle four vector instructions: "How to Scale Your Model",
-# jax-ml.github.io/scaling-book/tpus; the compiler's own capacity line says the same of both chips.
-_VECTOR_FLOPS_PER_CYCLE = 4 * 8 * 128
+        Rows come in registers of 16 in bfloat16. Either operand can be the one that lies in the unit.
+        """
+
+        def rows(streamed: int, lying: int) -> int:
+            tiles = math.ceil(product.contracted / width) * math.ceil(lying / width)
+            return 16 * math.ceil(streamed / 16) * tiles
+
+        width = self.matrix_width
+        least = min(rows(product.rows, product.columns), rows(product.columns, product.rows))
+        return least * product.times / (self.matrix_units * self.matrix_rows_per_cycle)
+
+
+# A vector register has 8 x 128 lanes, and a bundle four vector instructions and one of the transcendental unit: "How to
+# Scale Your Model", jax-ml.github.io/scaling-book/tpus, for the first, and the compiler's own capacity line, VALU and
+# EUP of `*-final_hlo-static-per-bundle-utilization.txt`, for both, on both chips.
+_LANES = 8 * 128
+_VECTOR_FLOPS_PER_CYCLE = 4 * _LANES
+_EXPONENTIALS_PER_CYCLE = _LANES
 
 CHIPS = {
     # cloud.google.com/tpu/docs/v5e: 197 TFLOP/s in bfloat16, HBM 819 GB/s, four matrix units, of 128 x 128. One row
-    # a cycle: 1.5 GHz.
-    "v5e": Chip(197e12, 819e9, 4 * 128 * 128 * 2, _VECTOR_FLOPS_PER_CYCLE),
+    # a cycle (in the compiler's schedules 16 rows hold a unit for 16 cycles): 1.5 GHz.
+    "v5e": Chip(197e12, 819e9, 4, 128, 1, _VECTOR_FLOPS_PER_CYCLE, _EXPONENTIALS_PER_CYCLE),
     # cloud.google.com/tpu/docs/v6e: 918 TFLOP/s in bfloat16, HBM 1640 GB/s, two matrix units, of 256 x 256. Two rows
     # a cycle (in the compiler's schedules 16 rows hold a unit for 8 cycles): 1.75 GHz.
-    "v6e": Chip(918e12, 1640e9, 2 * 256 * 256 * 2 * 2, _VECTOR_FLOPS_PER_CYCLE),
+    "v6e": Chip(918e12, 1640e9, 2, 256, 2, _VECTOR_FLOPS_PER_CYCLE, _EXPONENTIALS_PER_CYCLE),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The least cycles of some work, and what holds it there: "matmul", "vector" or "memory"."""
+    """The least cycles of some work, and what holds it there.
+
+    Attributes:
+        cycles: the highest of `roofs`.
+        bound: its name.
+        roofs: cycles by name: "matmul", "padded matmul", "vector", "exponential" and "memory".
+    """
 
     cycles: float
     bound: str
+    roofs: dict[str, float]
 
 
 def roofline(chip: Chip, work: Work, num_bytes: float) -> Roofline:
     """The least cycles of `work`, with `num_bytes` of traffic to HBM, on `chip`."""
-    cycles = {
+    ways = [sum(map(chip.padded_cycles, way)) for way in work.products]
+    roofs = {
         "matmul": work.matmul_flops / chip.matmul_flops_per_cycle,
+        "padded matmul": min(ways, default=0.0),
         "vector": work.vector_flops / chip.vector_flops_per_cycle,
+        "exponential": work.exponentials / chip.exponentials_per_cycle,
         "memory": num_bytes / chip.hbm_bytes_per_second * chip.clock,
     }
-    bound = max(cycles, key=cycles.get)
-    return Roofline(cycles[bound], bound)
+    bound = max(roofs, key=roofs.get)
+    return Roofline(roofs[bound], bound, roofs)

@@ -1,4 +1,8 @@
-"""Depth policies: which token passes which block of the stack, and how often."""
+"""Depth policies: which token passes which block of the stack, and how often.
+
+`(stack, x[B, T, D], *, positions, segment_ids, state=None, train=False) -> (x, state, aux)`; the state of
+`init_state(stack, batch_size, max_length, d_model, dtype)` holds what each block remembers for each time it is applied.
+"""
 
 from effjax.depth.block import Block
 from effjax.depth.expert_choice import ExpertChoice

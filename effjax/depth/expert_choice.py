@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -102,6 +103,7 @@ class ExpertChoice(nn.Module):
         self,
         recurse: Callable,
         x: Float[Array, "B T D"],
+        caches: Any,
         *,
         num_recursions: int,
         segment_ids: Int[Array, "B T"],
@@ -110,18 +112,19 @@ class ExpertChoice(nn.Module):
         """Runs the recursions.
 
         Args:
-          recurse: `(r, x, subset, states) -> (f(x) of the subset's tokens [B, K, D], states, aux)`.
+          recurse: `(r, x, subset, caches) -> (f(x) of the subset's tokens [B, K, D], caches, aux)`.
           x: hidden states.
+          caches: what `recurse` takes from one recursion to the next.
           num_recursions: N.
           segment_ids: 0 marks padding.
           train: take the highest scores of the row, in static shapes; else each token decides by itself.
 
         Returns:
-          (x [B, T, D], aux).
+          (x [B, T, D], caches, aux).
         """
         self._check()
         real = segment_ids > 0
-        active, agreed, states = real, real, None
+        active, agreed = real, real
         depth = jnp.zeros(real.shape, jnp.float32)
         before, reports = 1.0, []
         for r, capacity in enumerate(self.capacities_now(num_recursions)):
@@ -135,7 +138,7 @@ class ExpertChoice(nn.Module):
             else:
                 chosen, size = decided, x.shape[1]
             subset = Subset.of(chosen, size)
-            y, states, aux = recurse(r, x, subset, states)
+            y, caches, aux = recurse(r, x, subset, caches)
             if self.gating == "weighted":
                 gate = self.alpha * ACTIVATIONS[self.activation](logits)
                 y = y * subset.take(gate)[..., None].astype(y.dtype)
@@ -146,7 +149,7 @@ class ExpertChoice(nn.Module):
         summary = {"token/depth": depth, "depth/mean_recursions": token_mean(depth, real)}
         if train:
             summary["depth/selection_agreement"] = token_mean(agreed, real)
-        return x, scalars.combine([*reports, summary])
+        return x, caches, scalars.combine([*reports, summary])
 
     def _check(self):
         for field, valid in (

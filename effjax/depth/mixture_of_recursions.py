@@ -3,18 +3,16 @@
 import functools
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.depth.expert_choice import ExpertChoice
-from effjax.depth.sharing import Layout, run
+from effjax.depth.kv_sharing import KV_SHARINGS
+from effjax.depth.sharing import Layout, RecursiveState, run
 from effjax.depth.stack import Stack
 from effjax.depth.subset import Subset
 from effjax.nn import scalars
 from effjax.registry import describe, register, unknown
-
-KV_SHARINGS = ("recursion_wise", "shared")
 
 
 @register("depth", "mixture_of_recursions")
@@ -37,6 +35,10 @@ class MixtureOfRecursions(nn.Module):
     front and the rest masked, and `flops/spent` counts the chosen ones, which is what decoding them costs
     (attention as if all were chosen).
 
+    While decoding, the state of a recursion holds the tokens that passed it and no others, and a recursion that no row
+    of the batch takes for the token at hand is not computed at all. What a token's recursions are does not depend on
+    the tokens after it, so decoding gives what the parallel pass at evaluation gives.
+
     Attributes:
       num_recursions: N, the most that a token can get.
       sharing: which layers share parameters, one of `sharing.STRATEGIES`.
@@ -55,6 +57,20 @@ class MixtureOfRecursions(nn.Module):
             return self
         return self.clone(routing=self.routing.at_step(step))
 
+    def init_state(
+        self, stack: Stack, batch_size: int, max_length: int, d_model: int, dtype="float32"
+    ) -> RecursiveState:
+        """Empty decode states, for every recursion or for the first alone as `kv_sharing` says.
+
+        Each has room for `max_length` tokens: nothing says beforehand how many will pass a recursion.
+
+        Raises:
+          ValueError: as a call does.
+        """
+        layout = self._layout(stack)
+        num_states = KV_SHARINGS[self.kv_sharing].num_states(self.num_recursions)
+        return layout.init_state(stack, num_states, batch_size, max_length, d_model, dtype)
+
     @nn.compact
     def __call__(
         self,
@@ -63,57 +79,62 @@ class MixtureOfRecursions(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
+        state: RecursiveState | None = None,
         train: bool = False,
     ):
-        """Returns (x [B, T, D], aux).
+        """Returns (x [B, T, D], the new decode state or None if none was given, aux).
 
         Raises:
           ValueError: for layers that do not divide into the recursions, or for `kv_sharing="shared"` with
             blocks that cannot share their state.
         """
-        layout = Layout.of(self.sharing, len(stack), self.num_recursions)
-        self._check_kv_sharing(stack, layout)
-        first, recursions, last = layout.bind(stack, self)
+        first, recursions, last = self._layout(stack).bind(stack, self)
+        given = RecursiveState(None, None, None) if state is None else state
         everywhere = {"positions": positions, "segment_ids": segment_ids, "train": train}
-        x, _, first_aux = run(first, x, **everywhere)
-        x, aux = self.routing(
+        x, first_state, first_aux = run(first, x, states=given.first, **everywhere)
+        x, caches, aux = self.routing(
             functools.partial(self._recurse, recursions, everywhere),
             x,
+            KV_SHARINGS[self.kv_sharing](given.recursions),
             num_recursions=self.num_recursions,
             segment_ids=segment_ids,
             train=train,
         )
-        x, _, last_aux = run(last, x, **everywhere)
-        return x, scalars.combine([first_aux, aux, last_aux])
+        x, last_state, last_aux = run(last, x, states=given.last, **everywhere)
+        new_state = RecursiveState(first_state, caches.states, last_state)
+        aux = scalars.combine([first_aux, aux, last_aux])
+        return x, None if state is None else new_state, aux
 
-    def _recurse(self, recursions, everywhere, r, x, subset: Subset, states):
-        """Recursion r on the tokens of a subset: (f(x) [B, K, D], states for the next recursion, aux)."""
-        y, new_states, aux = run(
+    def _recurse(self, recursions, everywhere, r, x, subset: Subset, caches):
+        """Recursion r on the tokens of a subset: (f(x) [B, K, D], caches for the next recursion, aux)."""
+        batch, length, d_model = x.shape
+        decoding = caches.states is not None and length == 1
+        y, states, aux = run(
             recursions[r],
             subset.take(x),
             positions=subset.take(everywhere["positions"]),
             segment_ids=subset.take(everywhere["segment_ids"]),
-            states=states,
+            states=caches.before(r, length),
             train=everywhere["train"],
+            when=jnp.any(subset.token < length) if decoding else None,
         )
-        if self.kv_sharing == "recursion_wise":
-            states = None
-        elif r == 0:
-            states = freeze(new_states)
-        batch, length, d_model = x.shape
         used = subset.size / length
         if not everywhere["train"]:
             used = jnp.sum(subset.token < length) / (batch * length)
         full = sum(stack.flops_per_token(d_model, length) for stack in recursions[r])
         aux |= scalars.flops(aux["flops/spent"] * used, full)
         aux |= {k: subset.spread(v) for k, v in aux.items() if k.startswith("token/")}
-        return y, states, aux
+        return y, caches.after(r, states), aux
 
-    def _check_kv_sharing(self, stack: Stack, layout: Layout):
+    def _layout(self, stack: Stack) -> Layout:
         if self.kv_sharing not in KV_SHARINGS:
             raise ValueError(unknown("kv_sharing", self.kv_sharing, KV_SHARINGS))
-        if self.kv_sharing == "recursion_wise":
-            return
+        layout = Layout.of(self.sharing, len(stack), self.num_recursions)
+        if self.kv_sharing == "shared":
+            self._check_shareable(stack, layout)
+        return layout
+
+    def _check_shareable(self, stack: Stack, layout: Layout) -> None:
         if len(set(layout.steps)) > 1:
             raise ValueError(
                 f"kv_sharing='shared' with sharing={self.sharing!r}, whose recursions have different blocks; "
@@ -126,9 +147,3 @@ class MixtureOfRecursions(nn.Module):
                     f"kv_sharing='shared' with the mixer {describe(mixer)['name']!r}, whose state later recursions "
                     "cannot read; valid: attention mixers, or kv_sharing='recursion_wise'"
                 )
-
-
-def freeze(states):
-    """The states of mixers, to be read only."""
-    is_state = lambda leaf: hasattr(leaf, "freeze")  # noqa: E731
-    return jax.tree.map(lambda state: state.freeze(), states, is_leaf=is_state)

@@ -1,5 +1,7 @@
 """Every token passes every block once."""
 
+from typing import Any
+
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -11,6 +13,12 @@ from effjax.registry import register
 class Plain(nn.Module):
     """The ordinary Transformer: all layers, in order, with parameters of their own."""
 
+    def init_state(
+        self, stack: Stack, batch_size: int, max_length: int, d_model: int, dtype="float32"
+    ) -> tuple:
+        """Empty decode states, one a layer."""
+        return stack.init_state(batch_size, max_length, d_model, dtype)
+
     @nn.compact
     def __call__(
         self,
@@ -19,8 +27,12 @@ class Plain(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
+        state: Any = None,
         train: bool = False,
     ):
+        """Returns (x [B, T, D], the new decode state or None if none was given, aux)."""
         layers = stack.clone(parent=self, name="layers")
-        x, _, aux = layers(x, positions=positions, segment_ids=segment_ids, train=train)
-        return x, aux
+        x, new_state, aux = layers(
+            x, positions=positions, segment_ids=segment_ids, states=state, train=train
+        )
+        return x, None if state is None else new_state, aux

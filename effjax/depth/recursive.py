@@ -3,7 +3,7 @@
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
-from effjax.depth.sharing import Layout, run
+from effjax.depth.sharing import Layout, RecursiveState, run
 from effjax.depth.stack import Stack
 from effjax.nn import scalars
 from effjax.registry import register
@@ -24,6 +24,14 @@ class Recursive(nn.Module):
     num_recursions: int = 3
     sharing: str = "middle_cycle"
 
+    def init_state(
+        self, stack: Stack, batch_size: int, max_length: int, d_model: int, dtype="float32"
+    ) -> RecursiveState:
+        """Empty decode states: every recursion has its own, although they share parameters."""
+        layout = Layout.of(self.sharing, len(stack), self.num_recursions)
+        size = (batch_size, max_length, d_model, dtype)
+        return layout.init_state(stack, self.num_recursions, *size)
+
     @nn.compact
     def __call__(
         self,
@@ -32,17 +40,23 @@ class Recursive(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
+        state: RecursiveState | None = None,
         train: bool = False,
     ):
-        """Returns (x [B, T, D], aux).
+        """Returns (x [B, T, D], the new decode state or None if none was given, aux).
 
         Raises:
           ValueError: if the layers of the stack do not divide into the recursions.
         """
         layout = Layout.of(self.sharing, len(stack), self.num_recursions)
         first, recursions, last = layout.bind(stack, self)
-        reports = []
-        for stacks in (first, *recursions, last):
-            x, _, aux = run(stacks, x, positions=positions, segment_ids=segment_ids, train=train)
-            reports.append(aux)
-        return x, scalars.combine(reports)
+        runs = (first, *recursions, last)
+        states = (None,) * len(runs) if state is None else state.runs()
+        outcomes = []
+        for stacks, given in zip(runs, states, strict=True):
+            x, *outcome = run(
+                stacks, x, positions=positions, segment_ids=segment_ids, states=given, train=train
+            )
+            outcomes.append(outcome)
+        new_states, aux = zip(*outcomes, strict=True)
+        return x, None if state is None else RecursiveState.of(new_states), scalars.combine(aux)

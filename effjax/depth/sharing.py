@@ -8,14 +8,44 @@ layers and 3 recursions, with A and B the unique blocks and F and L the unique f
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 from effjax.depth.stack import Stack
 from effjax.nn import scalars
 from effjax.registry import unknown
 
 STRATEGIES = ("cycle", "sequence", "middle_cycle", "middle_sequence")
+
+
+@flax.struct.dataclass
+class RecursiveState:
+    """The decode state of a recursive Transformer: that of every application of every layer.
+
+    Attributes:
+      first: states of the stack before the recursions, if there is one.
+      recursions: for each recursion that keeps something, the states of the stacks that it applies.
+      last: states of the stack after the recursions, if there is one.
+    """
+
+    first: tuple
+    recursions: tuple
+    last: tuple
+
+    @classmethod
+    def of(cls, runs: tuple) -> "RecursiveState":
+        """The state whose `runs` these are."""
+        first, *recursions, last = runs
+        return cls(first, tuple(recursions), last)
+
+    def runs(self) -> tuple:
+        """States of everything that is run, in order."""
+        return (self.first, *self.recursions, self.last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +104,20 @@ class Layout:
         recursions = (self.shared[i] for step in self.steps for i in step)
         return self.first + tuple(layer for layers in recursions for layer in layers) + self.last
 
+    def init_state(self, stack: Stack, num_recursions: int, *size: Any) -> RecursiveState:
+        """Empty decode states of the layers around, and of the first so many recursions.
+
+        `size` is what `Stack.init_state` takes.
+        """
+
+        def empty(stacks):
+            return tuple(stack.take(layers).init_state(*size) for layers in stacks if layers)
+
+        recursions = ([self.shared[i] for i in step] for step in self.steps[:num_recursions])
+        return RecursiveState(
+            empty([self.first]), tuple(map(empty, recursions)), empty([self.last])
+        )
+
     def bind(
         self, stack: Stack, parent: nn.Module
     ) -> tuple[tuple[Stack, ...], list[tuple[Stack, ...]], tuple[Stack, ...]]:
@@ -93,14 +137,47 @@ class Layout:
         return first, [tuple(shared[i] for i in step) for step in self.steps], last
 
 
-def run(stacks: tuple[Stack, ...], x, *, positions, segment_ids, states=None, train=False):
-    """Applies stacks one after the other. Returns (x, the states of each stack, aux)."""
+def run(
+    stacks: tuple[Stack, ...],
+    x,
+    *,
+    positions,
+    segment_ids,
+    states=None,
+    train=False,
+    when: Bool[Array, ""] | None = None,
+):
+    """Applies stacks one after the other. Returns (x, the states of each stack, aux).
+
+    `when`, if given, says at run time whether to apply them at all. If not, they take no time, x and the states (which
+    must be given) stay what they are, and aux is zero.
+    """
     new_states, reports = [], []
     for i, stack in enumerate(stacks):
-        given = None if states is None else states[i]
-        x, state, aux = stack(
-            x, positions=positions, segment_ids=segment_ids, states=given, train=train
+        arguments = (x, positions, segment_ids, None if states is None else states[i], train)
+        x, state, aux = (
+            _apply(stack, *arguments) if when is None else _apply_when(when, stack, *arguments)
         )
         new_states.append(state)
         reports.append(aux)
     return x, tuple(new_states), scalars.combine(reports)
+
+
+def _apply(stack, x, positions, segment_ids, states, train):
+    return stack(x, positions=positions, segment_ids=segment_ids, states=states, train=train)
+
+
+def _apply_when(when, stack, x, positions, segment_ids, states, train):
+    # What the stack would report, by an unbound copy: a bound module cannot be traced just for shapes.
+    unbound, variables = stack.unbind()
+    _, _, aux = jax.eval_shape(
+        lambda: unbound.apply(variables, x, positions, segment_ids, states, train, method=_apply)
+    )
+
+    def apply(stack, x, states):
+        return _apply(stack, x, positions, segment_ids, states, train)
+
+    def skip(stack, x, states):
+        return x, states, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+
+    return nn.cond(when, apply, skip, stack, x, states)

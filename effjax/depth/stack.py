@@ -5,6 +5,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax import registry
@@ -53,10 +54,18 @@ class Stack(nn.Module):
         return sum(block.flops_per_token(d_model, context) for block in self.blocks)
 
     def init_state(self, batch_size: int, max_length: int, d_model: int, dtype="float32") -> tuple:
-        """Empty decode states, one a block."""
-        return tuple(
-            b.mixer.init_state(batch_size, max_length, d_model, dtype) for b in self.blocks
+        """Empty decode states, one a block.
+
+        With `scan_layers`, one a block of the repeated pattern, its arrays with a leading axis of the repeats.
+        """
+        period = pattern_period(self.blocks) if self.scan_layers else len(self.blocks)
+        states = tuple(
+            b.mixer.init_state(batch_size, max_length, d_model, dtype) for b in self.blocks[:period]
         )
+        if not self.scan_layers:
+            return states
+        repeats = len(self.blocks) // period
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), states)
 
     @nn.compact
     def __call__(
@@ -68,7 +77,7 @@ class Stack(nn.Module):
         states: tuple | None = None,
         train: bool = False,
     ):
-        """Returns (x [B, T, D], the new state of every block, aux)."""
+        """Returns (x [B, T, D], the new states, laid out as by `init_state`, aux)."""
         if self.remat not in REMAT_POLICIES:
             raise ValueError(registry.unknown("remat", self.remat, REMAT_POLICIES))
         if self.scan_layers:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -65,6 +66,7 @@ class TokenChoice(nn.Module):
         self,
         recurse: Callable,
         x: Float[Array, "B T D"],
+        caches: Any,
         *,
         num_recursions: int,
         segment_ids: Int[Array, "B T"],
@@ -81,10 +83,10 @@ class TokenChoice(nn.Module):
             last = jnp.maximum(depth - 1, 0)[..., None]
             gate = jnp.take_along_axis(gates, last, axis=-1)[..., 0]
 
-        start, states, reports = x, None, [report]
+        start, reports = x, [report]
         for r, size in enumerate(sizes):
             subset = Subset.of(depth > r, size)
-            y, states, aux = recurse(r, x, subset, states)
+            y, caches, aux = recurse(r, x, subset, caches)
             y = subset.spread(y)
             ends = start + gate[..., None].astype(y.dtype) * y
             x = jnp.where(
@@ -96,7 +98,7 @@ class TokenChoice(nn.Module):
             "depth/mean_recursions": token_mean(depth, real),
             "depth/fraction_dropped": token_mean(depth < wanted, real),
         }
-        return x, scalars.combine([*reports, summary])
+        return x, caches, scalars.combine([*reports, summary])
 
     def sizes(self, num_recursions: int, length: int) -> tuple[int, ...]:
         """Places of each recursion in a row of `length` tokens while training; the first has one for all."""

@@ -129,8 +129,7 @@ def measure_latency(
 def decode_state_bytes(model: nn.Module, length: int) -> int | None:
     """Bytes of state that the layers keep to decode one sequence, after `length` tokens of it.
 
-    Each layer of the stack counts once, whatever the depth policy makes of it. None for models that
-    do not decode.
+    None for models that do not decode.
     """
     if not all(getattr(block.mixer, "causal", True) for block in model.stack().blocks):
         return None

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -47,13 +47,34 @@ def evaluate(config: Mapping[str, Any] | None, workdir: str | Path) -> dict[str,
       CheckpointError: if the workdir has no config or no checkpoint that can be read.
       ValueError: if `config` has another model than the run, or a field that is not valid.
     """
+    run = restore(config, workdir)
+    return evaluate_variables(run.config, run.model, run.variables, workdir, step=run.step)
+
+
+class Restored(NamedTuple):
+    """A trained model.
+
+    Attributes:
+      config: of the evaluation, as plain values.
+      model: the model as it was at that step.
+      variables: its variables.
+      step: the update after which they were saved.
+    """
+
+    config: dict[str, Any]
+    model: nn.Module
+    variables: Any
+    step: int
+
+
+def restore(config: Mapping[str, Any] | None, workdir: str | Path) -> Restored:
+    """The model of a run with the variables of a checkpoint; arguments and errors are those of `evaluate`."""
     trained = plain_config(checkpoint.load_config(workdir))
     config = trained if config is None else plain_config(config)
     _check_same_model(trained["model"], config["model"], workdir)
     step = config.get("evaluation", {}).get("step")
     variables, step = checkpoint.restore_variables(workdir, step)
-    model = models.create(**config["model"]).at_step(step)
-    return evaluate_variables(config, model, variables, workdir, step=step)
+    return Restored(config, models.create(**config["model"]).at_step(step), variables, step)
 
 
 def evaluate_variables(

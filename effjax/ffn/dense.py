@@ -1,5 +1,7 @@
 """Feed-forwards that every token passes whole."""
 
+import functools
+
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
@@ -9,6 +11,7 @@ from effjax.registry import register, unknown
 
 ACTIVATIONS = {
     "gelu": nn.gelu,
+    "gelu_exact": functools.partial(nn.gelu, approximate=False),
     "relu": nn.relu,
     "relu2": lambda x: jax.numpy.square(nn.relu(x)),
     "silu": nn.silu,

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from effjax.ffn import dispatch
-from effjax.ffn.dense import activation
+from effjax.ffn.dense import Dense, Gated, activation
 from effjax.ffn.experts import Experts
 from effjax.nn import Linear, scalars
 from effjax.registry import unknown
@@ -22,7 +22,9 @@ class MixtureOfExperts(nn.Module):
     """A feed-forward that is a weighted sum of a few out of many (Shazeer et al., 1701.06538).
 
     Concrete mixtures define `route`. Routing is in float32 whatever the dtype of x. Padding goes to
-    no expert and counts in no loss and no metric.
+    no expert and counts in no loss and no metric. Beside those chosen there may be one expert that
+    every token passes (DeepSeekMoE, Dai et al., 2024, arXiv 2401.06066, section 3.2), scaled in
+    Qwen1.5-MoE by a gate of its own, sigmoid(w x).
 
     With `dispatch="capacity"` the time that a batch takes is that of the buffers, full or not;
     `flops/spent` counts the rows in use. Few tokens leave most buffers empty, so decode with
@@ -47,6 +49,8 @@ class MixtureOfExperts(nn.Module):
       jitter: in training, the router sees x times noise from uniform(1 - jitter, 1 + jitter)
         (Switch Transformer, arXiv 2101.03961, appendix C).
       init_scale: scale of the initialisers of experts and router.
+      shared_hidden_dim: hidden width of the expert that every token passes; None: there is none.
+      gate_shared: whether a gate scales it.
     """
 
     num_experts: int = 8
@@ -59,6 +63,8 @@ class MixtureOfExperts(nn.Module):
     z_weight: float = 1e-3
     jitter: float = 0.0
     init_scale: float = 1.0
+    shared_hidden_dim: int | None = None
+    gate_shared: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,8 +72,11 @@ class MixtureOfExperts(nn.Module):
         activation(self.activation)
         if self.dispatch not in DISPATCHES:
             raise ValueError(unknown("dispatch", self.dispatch, DISPATCHES))
-        if self.hidden_dim is not None and self.hidden_dim < 1:
-            raise ValueError(f"hidden_dim={self.hidden_dim}; valid: None or at least 1")
+        for field in ("hidden_dim", "shared_hidden_dim"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}; valid: None or at least 1")
+        if self.gate_shared and self.shared_hidden_dim is None:
+            raise ValueError("gate_shared=True without shared_hidden_dim; valid: give both")
         if not 0 <= self.jitter < 1:
             raise ValueError(f"jitter={self.jitter}; valid: 0 <= jitter < 1")
         for field in ("capacity_factor", "init_scale"):
@@ -100,7 +109,8 @@ class MixtureOfExperts(nn.Module):
 
     def flops_per_token(self, d_model: int) -> float:
         """Forward FLOPs of a token all of whose K choices are true experts and computed."""
-        return self._router_flops(d_model) + self.choices * self._experts().flops_per_row(d_model)
+        chosen = self.choices * self._experts().flops_per_row(d_model)
+        return self._router_flops(d_model) + chosen + self._shared_flops(d_model)
 
     @nn.compact
     def __call__(
@@ -110,7 +120,7 @@ class MixtureOfExperts(nn.Module):
         mask: Bool[Array, "B T"] | None = None,
         train: bool = False,
     ):
-        """Returns (y [B, T, D], aux); a token that is given no expert gets exactly 0."""
+        """Returns (y [B, T, D], aux); a token that is given no expert, and shares none, gets exactly 0."""
         logits = self._logits(x, train)
         assignment, losses = self.route(logits, mask)
         if mask is not None:
@@ -123,6 +133,8 @@ class MixtureOfExperts(nn.Module):
             y, kept = dispatch.capacity(experts, x, assignment, num_rows)
         else:
             y, kept = dispatch.dropless(experts, x, assignment)
+        if self.shared_hidden_dim is not None:
+            y = y + self._shared_output(x)
         losses["loss/router_z"] = self.z_weight * router_z_loss(logits, mask)
         return y, losses | self._report(assignment, kept, mask, x.shape[-1])
 
@@ -133,6 +145,19 @@ class MixtureOfExperts(nn.Module):
             x *= jax.random.uniform(key, x.shape, minval=1 - self.jitter, maxval=1 + self.jitter)
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
         return Linear(self.num_experts + self.nulls, kernel_init=init, name="router")(x)
+
+    def _shared(self, parent: nn.Module | None = None, name: str | None = None) -> nn.Module:
+        expert = Gated if self.gated else Dense
+        return expert(self.shared_hidden_dim, self.activation, parent=parent, name=name)
+
+    def _shared_output(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        y, _ = self._shared(parent=self, name="shared")(x)
+        return nn.sigmoid(Linear(1, name="shared_gate")(x)) * y if self.gate_shared else y
+
+    def _shared_flops(self, d_model: int) -> float:
+        if self.shared_hidden_dim is None:
+            return 0.0
+        return self._shared().flops_per_token(d_model) + 2.0 * d_model * self.gate_shared
 
     def _experts(self, parent: nn.Module | None = None, name: str | None = None) -> Experts:
         return Experts(
@@ -159,7 +184,8 @@ class MixtureOfExperts(nn.Module):
         chosen = jnp.sum(assignment.true, dtype=jnp.float32)
         loads = load(assignment.indices, self.num_experts)
         mean_experts = token_mean(used, mask)
-        spent = self._router_flops(d_model) + mean_experts * self._experts().flops_per_row(d_model)
+        always = self._router_flops(d_model) + self._shared_flops(d_model)
+        spent = always + mean_experts * self._experts().flops_per_row(d_model)
         return {
             "moe/fraction_dropped": 1 - jnp.sum(used) / jnp.maximum(chosen, 1.0),
             "moe/router_entropy": router_entropy(assignment.probs, mask),

@@ -17,6 +17,8 @@ class TopK(MixtureOfExperts):
 
     Attributes:
       top_k: k, experts a token.
+      renormalise: whether the k weights sum to 1; if not, they are the probabilities of the softmax over all experts
+        (OLMoE, arXiv 2409.02060).
       balancing: "loss" adds `balance_weight` * E * sum_i f_i P_i to the objective (arXiv
         2101.03961, eq. 4); "bias" moves a bias that only the choice of experts sees, so the router
         gets no gradient but the model's (arXiv 2408.15664). `balance_weight` is of no use then.
@@ -25,6 +27,7 @@ class TopK(MixtureOfExperts):
     """
 
     top_k: int = 2
+    renormalise: bool = True
     balancing: str = "loss"
 
     def __post_init__(self):
@@ -38,11 +41,18 @@ class TopK(MixtureOfExperts):
 
     def route(self, logits, mask):
         if self.balancing == "loss":
-            assignment = top_k.top_k(logits, self.top_k)
+            assignment = self._choose(logits)
             balance = load_balancing_loss(assignment.probs, assignment.indices, mask=mask)
             return assignment, {"loss/load_balancing": self.balance_weight * balance}
         zeros = nn.initializers.zeros_init()
         bias = self.param("balance_bias", zeros, (self.num_experts,), jnp.float32)
-        assignment = top_k.top_k(logits, self.top_k, bias=bias)
+        assignment = self._choose(logits, bias)
         loads = load(assignment.indices, self.num_experts, mask)
         return assignment, {"loss/balance_bias": loss_free_bias_loss(loads, bias)}
+
+    def _choose(self, logits, bias=None):
+        assignment = top_k.top_k(logits, self.top_k, bias=bias)
+        if self.renormalise:
+            return assignment
+        weights = jnp.take_along_axis(assignment.probs, assignment.indices, axis=-1)
+        return assignment.replace(weights=weights)

@@ -3,15 +3,19 @@
 from typing import ClassVar
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from effjax.mixers.kv_state import KVState
 from effjax.nn import Linear, RMSNorm, on_shards, rotary
-from effjax.registry import register
+from effjax.nn.rotary import Scaling
+from effjax.registry import register, unknown
 
 __all__ = ["Attention", "KVState"]
+
+QK_NORM_OVER = ("head", "heads")
 
 
 @register("mixer", "attention")
@@ -24,8 +28,19 @@ class Attention(nn.Module):
       head_dim: size of a head; None means d_model / num_heads.
       causal: whether a token sees only itself and what is before it.
       window: if given, a token sees itself and the `window - 1` tokens before it.
+      qkv_bias: biases on the maps to queries, keys and values.
+      out_bias: a bias on the map back to d_model.
       rope_base: base of the rotary frequencies; None means no rotary embedding.
-      qk_norm: RMSNorm on queries and keys of each head (Dehghani et al., 2023, arXiv 2302.05442).
+      rope_scaling: how these are slowed for long texts, one of `effjax.nn.rotary.SCALINGS`; None: not at all.
+      rope_factor: by how much; this and the next three are the fields of `effjax.nn.rotary.Scaling`.
+      rope_low_freq_factor: for `rope_scaling="llama3"`.
+      rope_high_freq_factor: for `rope_scaling="llama3"`.
+      rope_original_length: for `rope_scaling="llama3"`.
+      qk_norm: whether queries and keys are normalised (Dehghani et al., 2023, arXiv 2302.05442).
+      qk_norm_over: what the norm is taken over, one of `QK_NORM_OVER`: each "head" (Qwen3, arXiv 2505.09388) or all
+        "heads" of a token together (OLMoE, arXiv 2409.02060).
+      norm: of queries and keys, if they are normalised.
+      logits_scale: factor on the logits; None means 1 / sqrt(head_dim).
       logits_soft_cap: if given, logits become cap * tanh(logits / cap).
       implementation: of `pallas_kernels.attention` and `decode_attention`; None takes the best for the platform.
     """
@@ -35,13 +50,41 @@ class Attention(nn.Module):
     head_dim: int | None = None
     causal: bool = True
     window: int | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
     rope_base: float | None = 10_000.0
+    rope_scaling: str | None = None
+    rope_factor: float = 1.0
+    rope_low_freq_factor: float = 1.0
+    rope_high_freq_factor: float = 4.0
+    rope_original_length: int = 8192
     qk_norm: bool = False
+    qk_norm_over: str = "head"
+    norm: nn.Module = RMSNorm()
+    logits_scale: float | None = None
     logits_soft_cap: float | None = None
     implementation: str | None = None
 
     # Whether later recursions may attend to the state of an earlier one (`depth.mixture_of_recursions`).
     shares_state: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.qk_norm_over not in QK_NORM_OVER:
+            raise ValueError(unknown("qk_norm_over", self.qk_norm_over, QK_NORM_OVER))
+        self.scaling()  # so that what is wrong with it is found at once
+
+    def scaling(self) -> Scaling | None:
+        """How the rotary frequencies are slowed."""
+        if self.rope_scaling is None:
+            return None
+        return Scaling(
+            self.rope_scaling,
+            self.rope_factor,
+            self.rope_low_freq_factor,
+            self.rope_high_freq_factor,
+            self.rope_original_length,
+        )
 
     def dims(self, d_model: int) -> tuple[int, int]:
         """(key/value heads, head_dim) at this model width.
@@ -97,7 +140,7 @@ class Attention(nn.Module):
         else:
             fresh = KVState(
                 k=self._heads("key", kv_heads, head_dim, x, positions),
-                v=Linear(kv_heads * head_dim, name="value")(x).reshape(
+                v=Linear(kv_heads * head_dim, self.qkv_bias, name="value")(x).reshape(
                     *x.shape[:2], kv_heads, head_dim
                 ),
                 positions=positions,
@@ -108,24 +151,47 @@ class Attention(nn.Module):
                 y, new_state = self._attend_parallel(q, fresh), fresh
             else:
                 new_state = state.append(fresh)
-                if x.shape[1] == 1:
-                    y = self._decode(q, segment_ids, new_state)
-                else:
-                    # They may push out of a ring what the first of them still has to see.
-                    y = self._attend(q, positions, segment_ids, state.concatenate(fresh))
+                decoding = x.shape[1] == 1
+                y = (
+                    self._decode(q, segment_ids, new_state)
+                    if decoding
+                    else self._attend_after(state, q, fresh)
+                )
         y = y.reshape(*x.shape[:2], self.num_heads * head_dim)
-        return Linear(d_model, name="out")(y), new_state
+        return Linear(d_model, self.out_bias, name="out")(y), new_state
 
     def _heads(self, name, num_heads, head_dim, x, positions):
-        heads = Linear(num_heads * head_dim, name=name)(x).reshape(
-            *x.shape[:2], num_heads, head_dim
-        )
-        if self.qk_norm:
-            heads = RMSNorm(name=f"{name}_norm")(heads)
-        return heads if self.rope_base is None else rotary(heads, positions, self.rope_base)
+        heads = Linear(num_heads * head_dim, self.qkv_bias, name=name)(x)
+        if self.qk_norm and self.qk_norm_over == "heads":
+            heads = self._norm(name)(heads)
+        heads = heads.reshape(*x.shape[:2], num_heads, head_dim)
+        if self.qk_norm and self.qk_norm_over == "head":
+            heads = self._norm(name)(heads)
+        if self.rope_base is None:
+            return heads
+        return rotary(heads, positions, self.rope_base, self.scaling())
+
+    def _norm(self, name):
+        return self.norm.clone(parent=self, name=f"{name}_norm")
 
     def _attend_parallel(self, q, kv):
         return self._attention(q, kv.k, kv.v, kv.segment_ids, None)
+
+    def _attend_after(self, state, q, fresh):
+        """Several tokens after those of a cache; the last may push out of it what the first still has to see."""
+
+        def after():
+            # A window is of tokens that came here, as in the parallel form: a depth policy may have left some out.
+            kv = state.concatenate(fresh)
+            real = fresh.segment_ids > 0
+            order = state.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
+            kv = kv.replace(positions=jnp.concatenate([state.order(), order], axis=1))
+            return self._attend(q, order, fresh.segment_ids, kv)
+
+        # A prompt is the rule, and does not pay for the empty slots of its cache.
+        return jax.lax.cond(
+            jnp.any(state.length > 0), after, lambda: self._attend_parallel(q, fresh)
+        )
 
     def _attend(self, q, positions, segment_ids, kv):
         segment_ids, positions = (segment_ids, kv.segment_ids), (positions, kv.positions)
@@ -142,6 +208,7 @@ class Attention(nn.Module):
                 k,
                 v,
                 lengths,
+                scale=self.logits_scale,
                 logits_soft_cap=self.logits_soft_cap,
                 implementation=self.implementation,
             )
@@ -161,6 +228,7 @@ class Attention(nn.Module):
                 window=self.window,
                 segment_ids=segment_ids,
                 positions=positions,
+                scale=self.logits_scale,
                 logits_soft_cap=self.logits_soft_cap,
                 implementation=self.implementation,
             )

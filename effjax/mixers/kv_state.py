@@ -71,6 +71,12 @@ class KVState:
             length=old_length + count,
         )
 
+    def order(self) -> Int[Array, "B S"]:
+        """How many tokens of its segment came before that of each slot; of an empty one it says nothing."""
+        last = self.length[:, None] - 1
+        num_slots = self.k.shape[1]
+        return last - (last - jnp.arange(num_slots)) % num_slots
+
     def concatenate(self, new: "KVState") -> "KVState":
         """The slots here followed by those of `new`."""
         join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1)  # noqa: E731

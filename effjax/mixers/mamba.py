@@ -133,7 +133,7 @@ class Mamba(nn.Module):
         log_a = self.param("A_log", _log_of_1_to_n, (channels, self.state_dim), jnp.float32)
         skip = self.param("D", nn.initializers.ones_init(), (channels,), jnp.float32)
         b, c = (Linear(self.state_dim, name=name)(u) for name in ("B", "C"))
-        return step, -jnp.exp(log_a), b, c, skip
+        return step, -jnp.exp(log_a.astype(jnp.float32)), b, c, skip
 
 
 def conv_params(module: nn.Module, width: int, channels: int):

@@ -30,6 +30,7 @@ class Mamba2(nn.Module):
       num_groups: groups G of heads that share B and C, a divisor of the heads.
       expansion: channels of all heads, as a multiple of d_model.
       width: taps of the convolution, the token itself included.
+      norm_groups: parts of the channels that are normalised apart, a divisor of the heads; None means `num_groups`.
       epsilon: of the norm.
       implementation: of `pallas_kernels.ssd_scan`; None takes the best for the platform.
     """
@@ -39,13 +40,14 @@ class Mamba2(nn.Module):
     num_groups: int = 1
     expansion: int = 2
     width: int = 4
+    norm_groups: int | None = None
     epsilon: float = 1e-5
     implementation: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        for field in ("head_dim", "state_dim", "num_groups", "expansion", "width"):
-            if getattr(self, field) < 1:
+        for field in ("head_dim", "state_dim", "num_groups", "expansion", "width", "norm_groups"):
+            if getattr(self, field) is not None and getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}; valid: a positive int")
 
     def dims(self, d_model: int) -> tuple[int, int]:
@@ -56,10 +58,11 @@ class Mamba2(nn.Module):
         """
         channels = self.expansion * d_model
         heads = channels // self.head_dim
-        if channels % self.head_dim or heads % self.num_groups:
+        groups = (self.num_groups, self.norm_groups or self.num_groups)
+        if channels % self.head_dim or any(heads % count for count in groups):
             raise ValueError(
-                f"head_dim={self.head_dim}, num_groups={self.num_groups}; valid: head_dim divides the "
-                f"{channels} channels into heads, and num_groups those heads"
+                f"head_dim={self.head_dim}, num_groups={self.num_groups}, norm_groups={self.norm_groups}; valid: "
+                f"head_dim divides the {channels} channels into heads, and the groups divide those heads"
             )
         return heads, channels + 2 * self.num_groups * self.state_dim
 
@@ -97,7 +100,8 @@ class Mamba2(nn.Module):
         u, b, c, conv = self._convolved(x, segment_ids, None if state is None else state.conv)
         step = Linear(heads, name="step")(x).astype(jnp.float32)
         step = jax.nn.softplus(step + step_bias(self, heads))
-        decay = -jnp.exp(self.param("A_log", _log_uniform_decay, (heads,), jnp.float32))
+        log_decay = self.param("A_log", _log_uniform_decay, (heads,), jnp.float32)
+        decay = -jnp.exp(log_decay.astype(jnp.float32))
         skip = self.param("D", nn.initializers.ones_init(), (heads,), jnp.float32)
         arguments = (u, step, decay, b, c, skip)
         y, scan = advance(
@@ -146,7 +150,8 @@ class Mamba2(nn.Module):
     def _norm(self, y):
         """RMSNorm within each group of heads, so that groups may live on different devices."""
         scale = self.param("norm_scale", nn.initializers.ones_init(), y.shape[-1:], jnp.float32)
-        groups = y.astype(jnp.float32).reshape(*y.shape[:2], self.num_groups, -1)
+        count = self.norm_groups or self.num_groups
+        groups = y.astype(jnp.float32).reshape(*y.shape[:2], count, -1)
         mean_square = jnp.mean(jnp.square(groups), axis=-1, keepdims=True)
         normed = groups * jax.lax.rsqrt(mean_square + self.epsilon)
         return (normed.reshape(y.shape) * scale).astype(y.dtype)

@@ -14,10 +14,17 @@ from effjax.models import (  # noqa: F401 (presets)
     mor,
     presets,
 )
-from effjax.models.sequence_model import DecoderLM, Output, SequenceModel, TextEncoder
+from effjax.models.sequence_model import (
+    DecoderLM,
+    DecodeState,
+    Output,
+    SequenceModel,
+    TextEncoder,
+)
 from effjax.models.state_size import StateSize, state_size
 
 __all__ = [
+    "DecodeState",
     "DecoderLM",
     "Output",
     "SequenceModel",

@@ -1,5 +1,7 @@
 """Models as compositions: embedding -> depth policy over a stack of (mixer, feed-forward) blocks -> norm -> head."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax.numpy as jnp
@@ -9,8 +11,22 @@ from effjax.depth import Block, Plain, Stack, fresh
 from effjax.ffn import Gated
 from effjax.heads import Tied
 from effjax.mixers import Attention
-from effjax.nn import Embed, RMSNorm, scalars
-from effjax.nn.linear import lookup
+from effjax.nn import RMSNorm, TokenEmbedding, scalars
+
+
+@flax.struct.dataclass
+class DecodeState:
+    """What a model remembers of the tokens that it has seen: an argument and a result, never hidden.
+
+    Attributes:
+      layers: what the depth policy keeps: keys and values, sums, inputs of convolutions.
+      length: [B] tokens seen, which is the position of the next one.
+      max_length: room of a row. Tokens beyond it push the oldest out of a full cache.
+    """
+
+    layers: Any
+    length: Int[Array, " B"]
+    max_length: int = flax.struct.field(pytree_node=False)
 
 
 @flax.struct.dataclass
@@ -21,7 +37,9 @@ class Output:
       hidden: [B, T, D] states after the last norm.
       aux: weighted auxiliary losses, scalars under `loss/...`.
       metrics: everything else the parts report (see `effjax.nn.scalars`).
-      logits: [B, T, V] float32 scores, from heads that score the vocabulary.
+      state: the decode state after the tokens, if one was given.
+      logits: [B, T, V] float32 scores, from heads that score the vocabulary; [B, K, V] of the K tokens that `head_at`
+        names.
       embeddings: [B, E] float32 vectors, from heads that embed the text.
       class_logits: [B, C] float32 scores of the text's class by how many leading coordinates of the embedding they are
         from, from heads that classify.
@@ -30,6 +48,7 @@ class Output:
     hidden: Float[Array, "B T D"]
     aux: scalars.Scalars
     metrics: scalars.Scalars
+    state: DecodeState | None = None
     logits: Float[Array, "B T V"] | None = None
     embeddings: Float[Array, "B E"] | None = None
     class_logits: dict[int, Float[Array, "B C"]] | None = None
@@ -46,7 +65,9 @@ class SequenceModel(nn.Module):
       ffn: feed-forward of every layer.
       depth: which token passes which layer.
       head: what becomes of the hidden states.
-      norm: norm before mixer, feed-forward and head.
+      norm: norm of mixers, feed-forwards and, unless it comes after them, before the head.
+      norm_order: where it stands in a layer, one of `depth.block.NORM_ORDERS`.
+      embed: from token ids to the first hidden states.
       max_seq_len: longest sequence that the model takes.
       dtype: compute dtype; parameters stay float32.
       remat: activations that the backward pass recomputes (`depth.stack.REMAT_POLICIES`).
@@ -61,6 +82,8 @@ class SequenceModel(nn.Module):
     depth: nn.Module = Plain()
     head: nn.Module = Tied()
     norm: nn.Module = RMSNorm()
+    norm_order: str = "pre"
+    embed: nn.Module = TokenEmbedding()
     max_seq_len: int = 2048
     dtype: str = "float32"
     remat: str = "none"
@@ -74,6 +97,9 @@ class SequenceModel(nn.Module):
                 ffn=None if self.ffn is None else fresh(self.ffn),
                 mixer_norm=fresh(self.norm),
                 ffn_norm=fresh(self.norm),
+                norm_order=self.norm_order,
+                mixer_out_norm=fresh(self.norm) if self.norm_order == "sandwich" else None,
+                ffn_out_norm=fresh(self.norm) if self.norm_order == "sandwich" else None,
                 parent=None,
             )
             for i in range(self.num_layers)
@@ -86,6 +112,22 @@ class SequenceModel(nn.Module):
         moved = {k: p.at_step(step) for k, p in parts.items() if hasattr(p, "at_step")}
         return self.clone(**moved) if any(moved[k] != parts[k] for k in moved) else self
 
+    def init_state(self, batch_size: int, max_length: int) -> DecodeState:
+        """The state before the first token, for rows of up to `max_length` tokens; the model need not be bound.
+
+        Raises:
+          ValueError: for a length or batch that is not valid, or a mixer that sees later tokens.
+        """
+        if not 1 <= max_length <= self.max_seq_len:
+            raise ValueError(f"max_length={max_length}; valid: 1 to max_seq_len={self.max_seq_len}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}; valid: at least 1")
+        check_causal(self.mixers, "decoding")
+        layers = self.depth.init_state(
+            self.stack(), batch_size, max_length, self.d_model, self.dtype
+        )
+        return DecodeState(layers, jnp.zeros((batch_size,), jnp.int32), max_length)
+
     @nn.compact
     def __call__(
         self,
@@ -93,42 +135,81 @@ class SequenceModel(nn.Module):
         *,
         positions: Int[Array, "B T"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        state: DecodeState | None = None,
+        head_at: Int[Array, "B K"] | None = None,
         train: bool = False,
     ) -> Output:
         """Runs the model.
 
         Args:
           tokens: token ids.
-          positions: position of each token within its segment; None counts from 0 along the row.
+          positions: position of each token within its segment; None counts from 0 along the row, and with a state it
+            counts the tokens that are not padding on from those seen.
           segment_ids: tokens see only tokens of their own segment, and 0 is padding; None means one segment a row.
+          state: what was seen before, from `init_state` or from the call before; the tokens go on from there, one or
+            more at a time. Padding on either side of a row leaves no trace in it, so prompts may differ in length.
+          head_at: index in the row of each token that the head reads; None: all. After a prompt only the last token's
+            logits are of use, and those of all of them are the largest array of the call.
           train: training behaviour (top-k routing over the sequence, jitter); needs `rngs={"routing": key}`.
 
         Raises:
-          ValueError: if the sequence is longer than `max_seq_len`, or a shape does not match the tokens'.
+          ValueError: if the sequence is longer than `max_seq_len` or than the state has room for, or a shape does not
+            match the tokens', or a state comes with `train`.
         """
-        positions, segment_ids = self._check_inputs(tokens, positions, segment_ids)
-        table = Embed(self.vocab_size, self.d_model, name="embed")()
-        x = nn.with_logical_constraint(lookup(table, tokens, self.dtype), ("batch", "length", None))
-        x, aux = self.depth(
-            self.stack(), x, positions=positions, segment_ids=segment_ids, train=train
+        positions, segment_ids = self._check_inputs(tokens, positions, segment_ids, state, train)
+        sizes = (self.vocab_size, self.d_model, self.max_seq_len)
+        x, table = self.embed(tokens, positions, sizes=sizes, dtype=self.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", None))
+        x, layers, aux = self.depth(
+            self.stack(),
+            x,
+            positions=positions,
+            segment_ids=segment_ids,
+            state=None if state is None else state.layers,
+            train=train,
         )
-        hidden = fresh(self.norm).clone(parent=self, name="final_norm")(x)
-        head = self.head(hidden, embedding=table, segment_ids=segment_ids)
-        head_flops = scalars.flops(self.head.flops_per_token(self.d_model, self.vocab_size))
-        aux = scalars.combine([aux, head_flops])
-        return Output(hidden=hidden, aux=scalars.losses(aux), metrics=scalars.metrics(aux), **head)
+        if state is not None:
+            seen = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
+            state = state.replace(layers=layers, length=state.length + seen)
+        # A stack whose layers end in a norm needs no other.
+        is_normed = self.norm_order == "post"
+        hidden = x if is_normed else fresh(self.norm).clone(parent=self, name="final_norm")(x)
+        head, head_aux = self._read(hidden, table, segment_ids, head_at)
+        aux = scalars.combine([aux, head_aux])
+        return Output(
+            hidden=hidden,
+            aux=scalars.losses(aux),
+            metrics=scalars.metrics(aux),
+            state=state,
+            **head,
+        )
 
-    def _check_inputs(self, tokens, positions, segment_ids):
+    def _read(self, hidden, table, segment_ids, head_at):
+        """What the head makes of the tokens that it reads, and what that costs a token of the call."""
+        length = hidden.shape[1]
+        if head_at is not None:
+            hidden = jnp.take_along_axis(hidden, head_at[..., None], axis=1)
+            segment_ids = jnp.take_along_axis(segment_ids, head_at, axis=1)
+        head = self.head(hidden, embedding=table, segment_ids=segment_ids)
+        flops = self.head.flops_per_token(self.d_model, self.vocab_size)
+        return head, scalars.flops(flops * hidden.shape[1] / length)
+
+    def _check_inputs(self, tokens, positions, segment_ids, state, train):
         if tokens.ndim != 2:
             raise ValueError(f"tokens has shape {tokens.shape}; valid: [batch, time]")
         if tokens.shape[1] > self.max_seq_len:
             raise ValueError(
                 f"sequence of {tokens.shape[1]} tokens is longer than max_seq_len={self.max_seq_len}"
             )
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        if state is not None:
+            self._check_state(tokens, state, train)
         if segment_ids is None:
             segment_ids = jnp.ones_like(tokens)
+        if positions is None and state is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        elif positions is None:
+            order = jnp.cumsum(segment_ids > 0, axis=1, dtype=jnp.int32) - 1
+            positions = state.length[:, None] + jnp.maximum(order, 0)
         for name, value in (("positions", positions), ("segment_ids", segment_ids)):
             if value.shape != tokens.shape:
                 raise ValueError(
@@ -136,15 +217,32 @@ class SequenceModel(nn.Module):
                 )
         return positions, segment_ids
 
+    def _check_state(self, tokens, state, train):
+        if train:
+            raise ValueError("train=True with a decode state; valid: one of them, or neither")
+        if state.length.shape != tokens.shape[:1]:
+            raise ValueError(
+                f"state is of {state.length.shape[0]} rows; valid: as many as tokens, {tokens.shape[0]}"
+            )
+        if tokens.shape[1] > state.max_length:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens for a state with max_length={state.max_length}; valid: at most as many"
+            )
+
+
+def check_causal(mixers: tuple[nn.Module, ...], what: str) -> None:
+    """Raises ValueError if one of the mixers lets a token see what comes after it."""
+    for mixer in mixers:
+        if not getattr(mixer, "causal", True):
+            raise ValueError(f"{what} needs causal mixers, got {mixer}; valid: causal=True")
+
 
 class DecoderLM(SequenceModel):
     """A causal language model."""
 
     def __post_init__(self):
         super().__post_init__()
-        for mixer in self.mixers:
-            if not getattr(mixer, "causal", True):
-                raise ValueError(f"DecoderLM needs causal mixers, got {mixer}; valid: causal=True")
+        check_causal(self.mixers, "DecoderLM")
 
 
 class TextEncoder(SequenceModel):

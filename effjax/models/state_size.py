@@ -1,6 +1,8 @@
 """How much a model has to remember while it decodes: the horizontal axis of recall-against-memory curves."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ class StateSize:
     """Decode state of one sequence.
 
     Attributes:
-      part: registered name of the mixer; "total" for the sum of all layers.
+      part: registered name of the mixer; "total" for the whole model.
       numbers: floating-point numbers (keys and values, sums, convolution inputs).
       bytes: of all arrays, bookkeeping of positions and segments included.
     """
@@ -25,8 +27,9 @@ class StateSize:
 
 
 def state_size(model: SequenceModel, max_length: int) -> list[StateSize]:
-    """State of each layer of the stack and, last, of all of them, for one sequence of up to `max_length` tokens.
+    """State of each layer of the stack and, last, of the model, for one sequence of up to `max_length` tokens.
 
+    The model's is what its depth policy keeps: less than the sum of the layers where these share keys and values.
     Nothing is allocated. Arora et al., 2024, arXiv 2402.18668, section 3 count the same way, without the bytes.
 
     Raises:
@@ -35,17 +38,16 @@ def state_size(model: SequenceModel, max_length: int) -> list[StateSize]:
     if not 1 <= max_length <= model.max_seq_len:
         raise ValueError(f"max_length is {max_length}; valid: 1 to max_seq_len={model.max_seq_len}")
     stack = model.stack()
-    empty = lambda: stack.init_state(1, max_length, model.d_model, model.dtype)  # noqa: E731
+    size = (1, max_length, model.d_model, model.dtype)
     layers = [
-        _measure(registry.describe(block.mixer)["name"], state)
-        for block, state in zip(stack.blocks, jax.eval_shape(empty), strict=True)
+        _measure(registry.describe(block.mixer)["name"], lambda b=block: b.mixer.init_state(*size))
+        for block in stack.blocks
     ]
-    total = StateSize("total", sum(s.numbers for s in layers), sum(s.bytes for s in layers))
-    return [*layers, total]
+    return [*layers, _measure("total", lambda: model.depth.init_state(stack, *size))]
 
 
-def _measure(part: str, state) -> StateSize:
-    leaves = jax.tree.leaves(state)
+def _measure(part: str, empty: Callable[[], Any]) -> StateSize:
+    leaves = jax.tree.leaves(jax.eval_shape(empty))
     return StateSize(
         part,
         numbers=sum(a.size for a in leaves if jnp.issubdtype(a.dtype, jnp.floating)),

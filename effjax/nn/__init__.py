@@ -5,5 +5,15 @@ from effjax.nn.linear import Embed, Linear
 from effjax.nn.norm import LayerNorm, RMSNorm
 from effjax.nn.rotary import rotary
 from effjax.nn.shards import on_shards
+from effjax.nn.token_embedding import TokenEmbedding
 
-__all__ = ["Embed", "LayerNorm", "Linear", "RMSNorm", "on_shards", "rotary", "scalars"]
+__all__ = [
+    "Embed",
+    "LayerNorm",
+    "Linear",
+    "RMSNorm",
+    "TokenEmbedding",
+    "on_shards",
+    "rotary",
+    "scalars",
+]

@@ -14,13 +14,19 @@ class RMSNorm(nn.Module):
 
     Attributes:
       epsilon: added to the mean square.
+      zero_centred: y = x / rms(x) * (1 + scale), so that weight decay pulls towards no scaling, and not towards zero
+        (Gemma, arXiv 2403.08295).
     """
 
     epsilon: float = 1e-6
+    zero_centred: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param("scale", nn.initializers.ones_init(), (x.shape[-1],), jnp.float32)
+        init = nn.initializers.zeros_init() if self.zero_centred else nn.initializers.ones_init()
+        scale = self.param("scale", init, (x.shape[-1],), jnp.float32)
+        if self.zero_centred:
+            scale = 1.0 + scale.astype(jnp.float32)
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
         return (x32 * inverse * scale).astype(x.dtype)

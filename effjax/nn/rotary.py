@@ -1,13 +1,72 @@
-"""Rotary position embedding (Su et al., 2021, arXiv 2104.09864)."""
+"""Rotary position embedding (Su et al., 2021, arXiv 2104.09864), and how it is stretched to longer texts."""
+
+import dataclasses
+import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from effjax.registry import unknown
+
+SCALINGS = ("linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """How rotary frequencies are slowed down, so that more positions fit into the angles seen in training.
+
+    - "linear": all of them by `factor`, position interpolation (Chen et al., 2023, arXiv 2306.15595, eq. 4).
+    - "llama3": by `factor` those that turn fewer than `low_freq_factor` times in `original_length` tokens, not at all
+      those that turn more than `high_freq_factor` times, and something between the two in between, linear in the turns
+      (Llama 3.1; the idea is the "by parts" of YaRN, arXiv 2309.00071, section 3.2).
+
+    Attributes:
+      kind: one of `SCALINGS`.
+      factor: of the slowest frequencies.
+      low_freq_factor: turns, for "llama3".
+      high_freq_factor: turns, for "llama3".
+      original_length: tokens of a training sequence, for "llama3".
+
+    Raises:
+      ValueError: for an unknown kind, or numbers that make no sense.
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self):
+        if self.kind not in SCALINGS:
+            raise ValueError(unknown("rope_scaling", self.kind, SCALINGS))
+        if not self.factor > 0:
+            raise ValueError(f"rope_factor={self.factor}; valid: greater than 0")
+        if not 0 < self.low_freq_factor < self.high_freq_factor:
+            raise ValueError(
+                f"rope_low_freq_factor={self.low_freq_factor}, "
+                f"rope_high_freq_factor={self.high_freq_factor}; valid: 0 < low < high"
+            )
+        if self.original_length < 1:
+            raise ValueError(f"rope_original_length={self.original_length}; valid: at least 1")
+
+    def __call__(self, frequencies: Float[Array, " F"]) -> Float[Array, " F"]:
+        """The slower frequencies, in radians a token as those given."""
+        if self.kind == "linear":
+            return frequencies / self.factor
+        turns = self.original_length * frequencies / (2 * math.pi)
+        width = self.high_freq_factor - self.low_freq_factor
+        kept = jnp.clip((turns - self.low_freq_factor) / width, 0.0, 1.0)
+        return frequencies * (kept + (1.0 - kept) / self.factor)
+
 
 def rotary(
-    x: Float[Array, "B T H D"], positions: Int[Array, "B T"], base: float = 10_000.0
+    x: Float[Array, "B T H D"],
+    positions: Int[Array, "B T"],
+    base: float = 10_000.0,
+    scaling: Scaling | None = None,
 ) -> Float[Array, "B T H D"]:
-    """Rotates the pairs (x[i], x[i + D/2]) of every head by position * base^(-2i/D).
+    """Rotates the pairs (x[i], x[i + D/2]) of every head by position * base^(-2i/D), slowed by `scaling`.
 
     The halves layout is that of Llama checkpoints. The angles are float32 whatever the dtype of x.
 
@@ -18,6 +77,8 @@ def rotary(
     if dim % 2:
         raise ValueError(f"rotary needs an even head_dim, got {dim}")
     frequencies = base ** (-jnp.arange(0, dim, 2, dtype=jnp.float32) / dim)
+    if scaling is not None:
+        frequencies = scaling(frequencies)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)

@@ -21,6 +21,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "expert")
 # Logical axes of the trailing dimensions of each parameter; leading ones (scanned layers) are not split.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("vocab", "embed")),
+    (r"embed/(position|type)", (None, "embed")),
     (r"unembed/kernel", ("embed", "vocab")),
     (r"(query|key|value)/kernel", ("embed", "heads")),
     (r"out/kernel", ("heads", "embed")),

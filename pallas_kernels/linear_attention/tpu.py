@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.dispatch import target
 from pallas_kernels.linear_attention import tpu_chunk
 from pallas_kernels.linear_attention.state import LinearAttentionState
-from pallas_kernels.linear_attention.tpu_blocks import blocks, ones_rows
+from pallas_kernels.linear_attention.tpu_blocks import LANES, VMEM_LIMIT, blocks, ones_rows
 from pallas_kernels.linear_attention.tpu_chunk import Spec
 from pallas_kernels.linear_attention.tpu_features import cannot_trace, kernel_features
 from pallas_kernels.varying import interpreter, shaped_like, vary_alike
@@ -46,7 +46,7 @@ def linear_attention(
     time, value_dim = v.shape[1], v.shape[3]
     features = kernel_features(feature_map, q.shape[-1])
     sizes = _blocks(q, v, feature_map, chunk_size)
-    spec = Spec(features, sizes, time, normalize, eps, interpreter(interpret, q))
+    spec = Spec(features, sizes, v.shape[2], time, normalize, eps, interpreter(interpret, q))
     q, k = (_to_kernel(spec, x, features.dim) for x in (q, k))
     padded_values = value_dim + -value_dim % ones_rows(v.dtype)
     v = _to_kernel(spec, v, padded_values)
@@ -56,8 +56,9 @@ def linear_attention(
     out, last = _linear_attention(spec, q, k, v, rows, state)
     last = features.to_public(last)
     kv, k_sum = last[:, :, :value_dim].swapaxes(2, 3), last[:, :, padded_values]
-    out = out.transpose(0, 3, 1, 2)[:, :time, :, :value_dim]
-    return out, LinearAttentionState(kv, k_sum)
+    by_token = (*out.shape[:2], spec.heads, padded_values)
+    out = out.reshape(by_token) if sizes.turns else out.transpose(0, 3, 1, 2)
+    return out[:, :time, :, :value_dim], LinearAttentionState(kv, k_sum)
 
 
 def _blocks(q, v, feature_map, chunk_size):
@@ -91,10 +92,11 @@ def segment_rows(spec: Spec, runs):
 
 
 def _to_kernel(spec, x, dim: int):
-    """[B, T, H, D] -> [B, H, dim, whole blocks of T], filled up with zeros."""
+    """[B, T, H, D] -> [B, H, dim, whole blocks of T], or for kernels that turn [B, T, H * dim]; zeros fill up."""
     time = -x.shape[1] % spec.blocks.tokens
     padding = ((0, 0), (0, time), (0, 0), (0, dim - x.shape[3]))
-    return jnp.pad(x, padding).transpose(0, 2, 3, 1)
+    x = jnp.pad(x, padding)
+    return x.reshape(*x.shape[:2], -1) if spec.blocks.turns else x.transpose(0, 2, 3, 1)
 
 
 def _pack(state, value_dim: int, ones: int):
@@ -111,7 +113,7 @@ def _linear_attention(spec, q, k, v, rows, state):
 
 
 def _forward(spec, q, k, v, rows, state):
-    batch, heads, dim, time = v.shape
+    batch, dim, time = _sizes(spec, v)
     carry = (dim + ones_rows(v.dtype), spec.features.num_features)
     out, total, last = _call(
         spec,
@@ -119,8 +121,8 @@ def _forward(spec, q, k, v, rows, state):
         [(q, "tokens"), (k, "tokens"), (v, "tokens"), (rows, "rows"), (state, "state")],
         [
             (shaped_like(v), "tokens"),
-            (shaped_like(v, (batch, heads, 1, time), jnp.float32), "tokens"),
-            (shaped_like(v, (batch, heads, *carry), jnp.float32), "state"),
+            (shaped_like(v, (batch, spec.heads, 1, time), jnp.float32), "by head"),
+            (shaped_like(v, (batch, spec.heads, *carry), jnp.float32), "state"),
         ],
         carry,
     )
@@ -130,24 +132,28 @@ def _forward(spec, q, k, v, rows, state):
 def _backward(spec, saved, cotangents):
     q, k, v, rows, state, out, total = saved
     d_out, d_last = cotangents
-    scales = _gradient_scales(spec, d_out, out, total)
+    batch, _, time = _sizes(spec, v)
     if state is not None:
         state = state.swapaxes(2, 3)
+    if not spec.normalize:
+        out = total = None
     d_last = d_last.swapaxes(2, 3)
     carry = d_last.shape[2:]
     common = [(q, "tokens"), (k, "tokens"), (v, "tokens"), (rows, "rows")]
-    gradients = [(d_out, "tokens"), (scales, "tokens")]
-    (dq,) = _call(
+    dq, scales = _call(
         spec,
         tpu_chunk.query_gradient,
-        [*common, (state, "state"), *gradients],
-        [(shaped_like(q), "tokens")],
+        [*common, (state, "state"), (d_out, "tokens"), (out, "tokens"), (total, "by head")],
+        [
+            (shaped_like(q), "tokens"),
+            (shaped_like(q, (batch, spec.heads, 2, time), jnp.float32), "by head"),
+        ],
         carry,
     )
     dk, dv, d_state = _call(
         spec,
         tpu_chunk.key_value_gradient,
-        [*common, (d_last, "state"), *gradients],
+        [*common, (d_last, "state"), (d_out, "tokens"), (scales, "by head")],
         [(shaped_like(k), "tokens"), (shaped_like(v), "tokens"), (shaped_like(d_last), "state")],
         carry,
         reverse=True,
@@ -159,30 +165,25 @@ def _backward(spec, saved, cotangents):
 _linear_attention.defvjp(_forward, _backward)
 
 
-def _gradient_scales(spec, d_out, out, total):
-    """Of out = numerator / total: 1 / total and the gradient of the total, float32 [B, H, 2, T]."""
-    if not spec.normalize:
-        return jnp.concatenate([jnp.ones_like(total), jnp.zeros_like(total)], axis=2)
-    inverse = 1 / total[..., : spec.time]
-    product = jnp.einsum(
-        "bhet,bhet->bht", d_out, out, precision="highest", preferred_element_type=jnp.float32
-    )
-    d_total = -product[:, :, None, : spec.time] * inverse
-    filling = total.shape[3] - spec.time
-    return jnp.pad(
-        jnp.concatenate([inverse, d_total], axis=2), ((0, 0), (0, 0), (0, 0), (0, filling))
-    )
+def _sizes(spec, v) -> tuple[int, int, int]:
+    """Batch, E and T of values in the kernels' layout."""
+    if spec.blocks.turns:
+        batch, time, channels = v.shape
+        return batch, channels // spec.heads, time
+    batch, _, dim, time = v.shape
+    return batch, dim, time
 
 
 def _call(spec, kernel, inputs, outputs, carry, reverse=False):
     """Runs `kernel` on a grid of (batch, blocks of heads, blocks of tokens).
 
-    Inputs and outputs are pairs of an array (or shape, or None) and what it holds: "tokens" [B, H, rows, T] is cut
-    into blocks of heads and tokens, "rows" [B, rows, T] of tokens, "state" [B, H, ., .] of heads. `carry`: the
-    shape of the state that travels, a head. `reverse`: the last tokens come first.
+    Inputs and outputs are pairs of an array (or shape, or None) and what it holds: "tokens", as `_to_kernel` makes
+    them, and "by head" [B, H, rows, T] are cut into blocks of heads and tokens, "rows" [B, rows, T] of tokens, "state"
+    [B, H, ., .] of heads. `carry`: the shape of the state that travels, a head. `reverse`: the last tokens come first.
     """
-    batch, heads, _, time = inputs[0][0].shape
+    batch, _, time = _sizes(spec, inputs[2][0])
     steps, sizes = time // spec.blocks.tokens, spec.blocks
+    rings = (2, sizes.heads, sizes.chunk // LANES, max(1, spec.features.scratch_rows), LANES)
 
     def block_spec(array, holds):
         if array is None:
@@ -196,18 +197,25 @@ def _call(spec, kernel, inputs, outputs, carry, reverse=False):
         if holds == "rows":
             shape = (1, array.shape[1], sizes.tokens)
             return pl.BlockSpec(shape, lambda b, h, t: (b, 0, block(t)))
+        if holds == "tokens" and sizes.turns:
+            shape = (1, sizes.tokens, array.shape[2] // spec.heads * sizes.heads)
+            return pl.BlockSpec(shape, lambda b, h, t: (b, block(t), h))
         shape = (1, sizes.heads, array.shape[2], sizes.tokens)
         return pl.BlockSpec(shape, lambda b, h, t: (b, h, 0, block(t)))
 
     return pl.pallas_call(
         functools.partial(kernel, spec),
-        grid=(batch, heads // sizes.heads, steps),
+        grid=(batch, spec.heads // sizes.heads, steps),
         in_specs=[block_spec(*x) for x in inputs],
         out_specs=[block_spec(*x) for x in outputs],
         out_shape=[x for x, _ in outputs],
-        scratch_shapes=[pltpu.VMEM((sizes.heads, *carry), jnp.float32)],
+        scratch_shapes=[
+            pltpu.VMEM((sizes.heads, *carry), jnp.float32),
+            pltpu.VMEM(rings, jnp.float32),
+        ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary")
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
         ),
         interpret=spec.interpret,
         name=f"linear_attention_{kernel.__name__}",

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from pallas_kernels.blocks import Shape, Sizes, Table
 
 LANES = 128
-# Of the 16 MiB that a kernel may use on a v5e; the rest is for what the compiler keeps beside.
-VMEM_BYTES = 12 * 2**20
+# What the blocks may take, of what the compiler may use with what it keeps beside; a core has 128 MiB.
+VMEM_BYTES = 20 * 2**20
+VMEM_LIMIT = 32 * 2**20
 # Heads fill each other's waits.
 MAX_HEADS = 8
 MAX_TOKENS = 1024
@@ -23,11 +24,14 @@ class Blocks:
         chunk: tokens whose weights are computed at once.
         tokens: tokens a grid step, whole chunks.
         heads: heads a grid step, a divisor of all heads.
+        turns: whether the kernels take [tokens, channels], as the model has them, and turn them: then the channels of a
+            grid step are whole registers.
     """
 
     chunk: int
     tokens: int
     heads: int
+    turns: bool
 
 
 def _flaw(sizes: Sizes, shape: Shape) -> str | None:
@@ -46,7 +50,7 @@ TABLE = Table(
     path=Path(__file__).with_name("blocks.json"),
     lengths=("time",),
     others=("heads", "dim", "value_dim", "num_features", "dtype"),
-    sizes=tuple(field.name for field in dataclasses.fields(Blocks)),
+    sizes=("chunk", "tokens", "heads"),
     flaw=_flaw,
 )
 
@@ -87,18 +91,22 @@ def blocks(
         "dtype": jnp.dtype(dtype).name,
     }
     by_rule = _by_rule(time=time, device_kind=device_kind, chunk_size=chunk_size, **shape)
-    if by_rule is None or chunk_size is not None:
-        return by_rule
-    sizes = TABLE.choose(device_kind, dataclasses.asdict(by_rule), time=time, **shape)
-    # Of a bucket of lengths the table has the sizes of the longest.
-    whole = _round_up(time, LANES)
-    chunk = min(sizes["chunk"], whole)
-    return Blocks(chunk, chunk * max(1, min(sizes["tokens"], whole) // chunk), sizes["heads"])
+    if by_rule is None:
+        return None
+    if chunk_size is None:
+        sizes = TABLE.choose(device_kind, by_rule, time=time, **shape)
+        # Of a bucket of lengths the table has the sizes of the longest.
+        whole = _round_up(time, LANES)
+        chunk = min(sizes["chunk"], whole)
+        tokens = chunk * max(1, min(sizes["tokens"], whole) // chunk)
+        by_rule = {"chunk": chunk, "tokens": tokens, "heads": sizes["heads"]}
+    turns = all(by_rule["heads"] * width % LANES == 0 for width in (dim, value_dim))
+    return Blocks(**by_rule, turns=turns)
 
 
 def _by_rule(
     *, time, heads, dim, value_dim, num_features, dtype, device_kind, chunk_size
-) -> Blocks | None:
+) -> Sizes | None:
     whole = _round_up(time, LANES)
     if chunk_size is not None:
         chunks = (_round_up(chunk_size, LANES),)
@@ -114,7 +122,7 @@ def _by_rule(
             while tokens >= chunk:
                 size = _vmem_bytes(chunk, tokens, count, dim, value_dim, num_features, dtype)
                 if size <= VMEM_BYTES:
-                    return Blocks(chunk, tokens, count)
+                    return {"chunk": chunk, "tokens": tokens, "heads": count}
                 tokens = tokens // 2 // chunk * chunk
     return None
 
@@ -122,7 +130,7 @@ def _by_rule(
 def _vmem_bytes(chunk, tokens, heads, dim, value_dim, num_features, dtype) -> int:
     """Of the gradient of keys and values, which needs most: blocks are double-buffered."""
     size = jnp.dtype(dtype).itemsize
-    streamed = 2 * heads * tokens * (3 * (dim + value_dim) * size + 2 * 32)
+    streamed = 2 * heads * tokens * ((3 * dim + 4 * value_dim) * size + 3 * 32)
     width = value_dim + ones_rows(dtype)
     states = 5 * heads * num_features * _round_up(width, LANES) * 4
     temporaries = 4 * chunk * (4 * num_features + 5 * chunk + 4 * width)

@@ -29,10 +29,13 @@ class KernelFeatures:
     Attributes:
         dim: D, the dimensions that the kernel is given: zeros fill up those of q and k.
         num_features: F.
-        expand: x -> φ(x) [F, C].
+        expand: (x, ref of scratch float32 [C / 128, scratch_rows, 128]) -> φ(x) [F, C].
         pull: (x, gradient of φ(x) [F, C]) -> gradient of x [D, C].
-        weigh: q · k -> φ(q) · φ(k), elementwise; None: weights are inner products of features.
+        weigh: q · k + offset -> φ(q) · φ(k), elementwise; None: weights are inner products of features.
         slope: the derivative of `weigh`.
+        offset: what is wanted on top of q · k; the matrix unit adds it.
+        scratch_rows: of `expand`.
+        scale: φ(q) · φ(k) here over that of the public map.
         positions: place in the kernel's features of each public feature, int [public F]; None: their own.
     """
 
@@ -42,6 +45,9 @@ class KernelFeatures:
     pull: Callable
     weigh: Callable | None = None
     slope: Callable | None = None
+    offset: float = 0.0
+    scratch_rows: int = 0
+    scale: float = 1.0
     positions: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
     def from_public(self, state):
@@ -51,12 +57,12 @@ class KernelFeatures:
         return (
             jnp.zeros((*state.shape[:-1], self.num_features), state.dtype)
             .at[..., self.positions]
-            .set(state, unique_indices=True)
+            .set(state * self.scale**0.5, unique_indices=True)
         )
 
     def to_public(self, state):
         """[..., F] -> [..., public F]."""
-        return state if self.positions is None else state[..., self.positions]
+        return state if self.positions is None else state[..., self.positions] / self.scale**0.5
 
 
 @functools.cache
@@ -68,7 +74,7 @@ def kernel_features(feature_map: FeatureMap, dim: int) -> KernelFeatures:
     return KernelFeatures(
         dim=dim,
         num_features=feature_map.num_features(dim),
-        expand=expand,
+        expand=lambda x, ring: expand(x),
         pull=lambda x, gradient: jax.vjp(expand, x)[1](gradient)[0],
     )
 
@@ -86,7 +92,7 @@ def cannot_trace(feature_map: FeatureMap, dim: int) -> str | None:
     features = kernel_features(feature_map, dim)
 
     def kernel(x, phi, d_x):
-        phi[...] = features.expand(x[...])
+        phi[...] = features.expand(x[...], None)
         d_x[...] = features.pull(x[...], phi[...])
 
     tokens = jax.ShapeDtypeStruct((dim, LANES), jnp.float32)
@@ -101,32 +107,42 @@ def cannot_trace(feature_map: FeatureMap, dim: int) -> str | None:
 
 
 def _taylor(dim: int) -> KernelFeatures:
-    """1, x / d^(1/4) and the unordered pairs x_i x_j / sqrt(d), squares over sqrt(2), as `feature_maps` has them.
+    """1, x / d^(1/4) and the unordered pairs x_i x_j / sqrt(d), squares over sqrt(2), each times sqrt(2 d).
 
-    Pairs come by their distance on a ring of the dimensions, so that each group is one rotation of sublanes and one
-    product. Dimensions that fill up the ring are zero and so are their pairs.
+    So φ(q) · φ(k) = 2 d (1 + l + l²/2) with l = q · k / sqrt(d), which is (q · k + sqrt(d))² + d: fewer operations a
+    pair of tokens, and squares are as the matrix unit takes them. Pairs come by their distance on a ring of the
+    dimensions, so that each group is one rotation of sublanes and one product. With the ring written twice below each
+    other a rotation is a load. Dimensions that fill up the ring are zero and so are their pairs.
     """
     size = dim + -dim % TAYLOR_MULTIPLE
     half = size // 2
-    pair_scale, square_scale, linear_scale = dim**-0.5, (2 * dim) ** -0.5, dim**-0.25
+    pair_scale, linear_scale, constant = 2**0.5, (4 * dim) ** 0.25, (2 * dim) ** 0.5
 
     def ahead(x, distance):
         """Row i of the result is row i + distance of x, on the ring."""
         return pltpu.roll(x, size - distance, 0)
 
-    def expand(x):
+    def expand(x, ring):
+        registers = range(0, x.shape[1], LANES)
+        for i, first in enumerate(registers):
+            for copy in range(2):
+                ring[i, copy * size : (copy + 1) * size] = x[:, first : first + LANES]
+
+        def ahead(distance):
+            rows = slice(distance, distance + size)
+            return jnp.concatenate([ring[i, rows] for i, _ in enumerate(registers)], axis=1)
+
         scaled = x * pair_scale
-        groups = [x * (x * square_scale)]
-        groups += [scaled * ahead(x, distance) for distance in range(1, half)]
+        groups = [x * x, *(scaled * ahead(distance) for distance in range(1, half))]
         # At distance d / 2 the second half of the ring repeats the first.
         groups += [scaled[:half] * x[half:], x * linear_scale]
         row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, x.shape[1]), 0)
-        return jnp.concatenate([*groups, (row == 0).astype(x.dtype)], axis=0)
+        return jnp.concatenate([*groups, jnp.where(row == 0, constant, 0.0)], axis=0)
 
     def pull(x, gradient):
         scaled = x * pair_scale
         opposite = gradient[half * size :][:half]
-        d_x = gradient[:size] * (x * (2 * square_scale))
+        d_x = gradient[:size] * (2 * x)
         d_x += gradient[half * size + half :][:size] * linear_scale
         d_x += jnp.concatenate([opposite * scaled[half:], opposite * scaled[:half]], axis=0)
         for distance in range(1, half):
@@ -134,20 +150,16 @@ def _taylor(dim: int) -> KernelFeatures:
             d_x += d_pair * ahead(scaled, distance) + pltpu.roll(d_pair * scaled, distance, 0)
         return d_x
 
-    def weigh(product):
-        logit = product * pair_scale
-        return 1 + logit * (1 + 0.5 * logit)
-
-    def slope(product):
-        return pair_scale + product * (pair_scale * pair_scale)
-
     return KernelFeatures(
         dim=size,
         num_features=half * size + half + size + SUBLANES,
         expand=expand,
         pull=pull,
-        weigh=weigh,
-        slope=slope,
+        weigh=lambda shifted: shifted * shifted + dim,
+        slope=lambda shifted: 2 * shifted,
+        offset=dim**0.5,
+        scratch_rows=2 * size,
+        scale=2.0 * dim,
         positions=_taylor_positions(dim, size),
     )
 

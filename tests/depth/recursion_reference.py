@@ -47,9 +47,10 @@ def compiled(policy, num_layers, remat, scan_layers):
     stack = make_stack(num_layers, remat, scan_layers)
 
     def apply(train, variables, x, positions, segment_ids):
-        return policy.apply(
+        x, _, aux = policy.apply(
             variables, stack, x, positions=positions, segment_ids=segment_ids, train=train
         )
+        return x, aux
 
     return jax.jit(apply, static_argnums=0)
 

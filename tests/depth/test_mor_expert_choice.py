@@ -141,7 +141,7 @@ def test_an_auxiliary_router_leaves_the_hidden_states_alone(rng):
         variables = init(mor, LAYERS, rng, inputs, router_scale=10.0)
         loss = lambda v: mor.apply(  # noqa: E731
             v, stack, inputs[0], positions=inputs[1], segment_ids=inputs[2], train=True
-        )[1]["loss/router_aux" if mor.routing.selection == "aux_router" else "loss/router_bce"]
+        )[2]["loss/router_aux" if mor.routing.selection == "aux_router" else "loss/router_bce"]
         gradients = jax.jit(jax.grad(loss))(variables)["params"]
         return {k for k, v in gradients.items() if any(np.any(leaf) for leaf in jax.tree.leaves(v))}
 

@@ -105,7 +105,7 @@ def test_the_bias_evens_out_the_load(rng):
     @jax.jit
     def step(variables):
         def loss(variables):
-            _, aux = mor.apply(
+            _, _, aux = mor.apply(
                 variables, stack, x, positions=positions, segment_ids=segment_ids, train=True
             )
             return aux["loss/balancing"], aux

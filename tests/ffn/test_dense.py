@@ -12,6 +12,7 @@ from effjax.ffn.dense import gated_width
 
 NUMPY = {
     "gelu": lambda x: x / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))),
+    "gelu_exact": np.vectorize(lambda x: x / 2 * (1 + math.erf(x / math.sqrt(2)))),
     "relu": lambda x: np.maximum(x, 0),
     "relu2": lambda x: np.maximum(x, 0) ** 2,
     "silu": lambda x: x / (1 + np.exp(-x)),

@@ -150,3 +150,20 @@ def test_the_state_of_the_parallel_form_goes_on(rng, x, name):
         state = decoder.empty.append(state) if name in CACHES else state
         y, _ = decoder(x[:, length : length + PIECE], state=state, start=length)
         np.testing.assert_allclose(y, expected[:, length : length + PIECE], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_positions_may_skip_tokens_that_went_elsewhere(rng, x, name):
+    """As those do that a depth policy leaves out: a window is of the tokens that came, in one call or in several."""
+    decoder = Decoder(name, rng)
+    positions = np.int32(np.cumsum(rng.integers(1, 4, size=(ROWS, LENGTH)), axis=1))
+    ones, x = np.ones_like(positions), np.float32(x)
+    expected, _ = apply(decoder.mixer, decoder.variables, x, positions, ones, None)
+    state, outputs = decoder.empty, []
+    for begin, end in ((0, 5), (5, 10), (10, 11), (11, 12)):
+        call = slice(None), slice(begin, end)
+        y, state = apply(
+            decoder.mixer, decoder.variables, x[call], positions[call], ones[call], state
+        )
+        outputs.append(y)
+    np.testing.assert_allclose(np.concatenate(outputs, axis=1), expected, **TOLERANCE)

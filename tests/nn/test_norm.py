@@ -6,10 +6,13 @@ from effjax import registry
 from effjax.nn import LayerNorm, RMSNorm
 
 
-def test_rms_norm(rng):
+@pytest.mark.parametrize("zero_centred", [False, True])
+def test_rms_norm(rng, zero_centred):
     x, scale = 3 * rng.normal(size=(2, 4, 8)), rng.normal(size=8)
-    y = RMSNorm(epsilon=1e-3).apply({"params": {"scale": jnp.float32(scale)}}, jnp.float32(x))
-    expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-3) * scale
+    norm = RMSNorm(epsilon=1e-3, zero_centred=zero_centred)
+    y = norm.apply({"params": {"scale": jnp.float32(scale)}}, jnp.float32(x))
+    factor = zero_centred + scale
+    expected = x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-3) * factor
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -1,0 +1,265 @@
+"""Text from prompts: all of it at once, or token by token as it comes."""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from effjax.models import SequenceModel
+from effjax.serving import decoding
+from effjax.serving.decoding import Rows
+from effjax.serving.sampling import PLAIN, Sampling, Settings
+
+# Prompts, caches, results and stop tokens are padded to the next power of two, so that there are few programs.
+_SMALLEST_BUCKET = 16
+
+# In place of a token where a row has none.
+NO_TOKEN = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What came after each prompt.
+
+    Attributes:
+      tokens: [B, N] the new tokens, the one that stopped the row included; behind them `NO_TOKEN`.
+      logprobs: [B, N] log-probability of each (natural) under the model, before temperature and filters; 0 behind them.
+      lengths: [B] new tokens of each row.
+      stopped: [B] whether a stop token ended the row; if not, it has all the tokens that were asked for.
+    """
+
+    tokens: Int[np.ndarray, "B N"]
+    logprobs: Float[np.ndarray, "B N"]
+    lengths: Int[np.ndarray, " B"]
+    stopped: Bool[np.ndarray, " B"]
+
+    def completions(self) -> list[Int[np.ndarray, " n"]]:
+        """The new tokens of each row."""
+        return [row[:n] for row, n in zip(self.tokens, self.lengths, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One more token of each row.
+
+    Attributes:
+      tokens: [B] the tokens; `NO_TOKEN` in rows that had stopped before.
+      logprobs: [B] their log-probabilities, as in `Generation`.
+      stopped: [B] which rows have stopped.
+    """
+
+    tokens: Int[np.ndarray, " B"]
+    logprobs: Float[np.ndarray, " B"]
+    stopped: Bool[np.ndarray, " B"]
+
+
+def generate(
+    model: SequenceModel,
+    variables: Any,
+    prompts: Sequence[Int[Array, " n"]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = PLAIN,
+    stop_tokens: Collection[int] = (),
+    key: Key[Array, "..."] | None = None,
+) -> Generation:
+    """Continues prompts, which may differ in length, as one batch.
+
+    Prompts are read in parallel and tokens drawn in one compiled loop, which ends when every row has stopped. Programs
+    are compiled for a model, a number of rows, and lengths up to the next power of two; values of the sampling may
+    change without a new one. A row's tokens depend on its prompt and its key alone, and are those of `stream`.
+
+    Args:
+      model: a model whose mixers are causal and whose head scores the vocabulary. A mixture of experts is run without
+        dropping tokens (`decoding.served`).
+      variables: its variables.
+      prompts: token ids of each prompt, at least one.
+      max_new_tokens: most tokens that a row gets.
+      sampling: how they are drawn.
+      stop_tokens: ids that end a row.
+      key: row b draws by this key folded with b; or a key for each row, [B]. None is `jax.random.key(0)`.
+
+    Raises:
+      ValueError: for a prompt that is empty or has ids that are not in the vocabulary, for more tokens than the model's
+        `max_seq_len`, or a model that cannot generate.
+    """
+    job = _Job.of(model, prompts, max_new_tokens, sampling, stop_tokens, key)
+    rows = job.begin(variables)
+    tokens, logprobs, rows = job.programs.complete(
+        variables, rows, job.settings, job.stop_tokens, max_new_tokens, size=_bucket(max_new_tokens)
+    )
+    tokens, logprobs, lengths, stopped = jax.device_get(
+        (tokens, logprobs, rows.count, rows.stopped)
+    )
+    return Generation(tokens[:, :max_new_tokens], logprobs[:, :max_new_tokens], lengths, stopped)
+
+
+def stream(
+    model: SequenceModel,
+    variables: Any,
+    prompts: Sequence[Int[Array, " n"]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = PLAIN,
+    stop_tokens: Collection[int] = (),
+    key: Key[Array, "..."] | None = None,
+) -> Iterator[Step]:
+    """The tokens of `generate`, which takes the same arguments, one step of all rows at a time.
+
+    It ends when every row has stopped. Arguments are checked at once, and not when the first step is asked for.
+    """
+    job = _Job.of(model, prompts, max_new_tokens, sampling, stop_tokens, key)
+    return _steps(job, variables, max_new_tokens)
+
+
+def _steps(job: "_Job", variables: Any, max_new_tokens: int) -> Iterator[Step]:
+    rows, before = None, np.zeros(len(job.lengths), bool)
+    for _ in range(max_new_tokens):
+        if rows is None:
+            rows = job.begin(variables)
+        else:
+            rows = job.programs.advance(variables, rows, job.settings, job.stop_tokens)
+        token, logprob, stopped = jax.device_get((rows.token, rows.logprob, rows.stopped))
+        yield Step(np.where(before, NO_TOKEN, token), np.where(before, 0, logprob), stopped)
+        if stopped.all():
+            return
+        before = stopped
+
+
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What `generate` and `stream` were asked for, checked and padded."""
+
+    programs: "_Programs"
+    prompts: Int[np.ndarray, "B T"]
+    lengths: Int[np.ndarray, " B"]
+    keys: Key[Array, " B"]
+    settings: Settings
+    stop_tokens: Int[np.ndarray, " S"]
+    max_length: int
+
+    @classmethod
+    def of(cls, model, prompts, max_new_tokens, sampling, stop_tokens, key) -> "_Job":
+        prompts = [_check_prompt(i, p, model.vocab_size) for i, p in enumerate(prompts)]
+        if not prompts:
+            raise ValueError("prompts is empty; valid: at least one prompt")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens={max_new_tokens}; valid: at least 1")
+        lengths = np.array([len(p) for p in prompts], np.int32)
+        needed = int(lengths.max()) + max_new_tokens
+        if needed > model.max_seq_len:
+            raise ValueError(
+                f"a prompt of {lengths.max()} tokens and max_new_tokens={max_new_tokens}; "
+                f"valid: at most max_seq_len={model.max_seq_len} together"
+            )
+        stops = np.array(sorted(stop_tokens), np.int64)
+        stops = _check_ids("stop_tokens", stops, model.vocab_size)
+        width = min(_bucket(int(lengths.max())), model.max_seq_len)
+        padded = np.zeros((len(prompts), width), np.int32)
+        for row, prompt in zip(padded, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        return cls(
+            programs=_programs(model),
+            prompts=padded,
+            lengths=lengths,
+            keys=_keys_of_rows(key, len(prompts)),
+            settings=sampling.settings(),
+            stop_tokens=np.pad(
+                stops, (0, _bucket(len(stops)) - len(stops)), constant_values=NO_TOKEN
+            ),
+            max_length=min(_bucket(needed), model.max_seq_len),
+        )
+
+    def begin(self, variables: Any) -> Rows:
+        return self.programs.begin(
+            variables,
+            self.prompts,
+            self.lengths,
+            self.keys,
+            self.settings,
+            self.stop_tokens,
+            max_length=self.max_length,
+        )
+
+
+class _Programs:
+    """The compiled functions of a model; each compiles anew for shapes that it has not seen."""
+
+    def __init__(self, model: SequenceModel):
+        bind = lambda function: functools.partial(function, model)  # noqa: E731
+        self.begin = jax.jit(bind(decoding.begin), static_argnames="max_length")
+        # The caches are written in place.
+        self.advance = jax.jit(bind(decoding.advance), donate_argnums=1)
+        self.complete = jax.jit(bind(_complete), static_argnames="size", donate_argnums=1)
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(model: SequenceModel) -> _Programs:
+    return _Programs(decoding.served(model))
+
+
+def _complete(
+    model: SequenceModel,
+    variables: Any,
+    rows: Rows,
+    settings: Settings,
+    stop_tokens: Int[Array, " S"],
+    max_new_tokens: Int[Array, ""],
+    *,
+    size: int,
+):
+    """Tokens and logprobs [B, size] of rows that have their first one, and the rows at the end."""
+    shape = (len(rows.token), size)
+    tokens = jnp.full(shape, NO_TOKEN, jnp.int32).at[:, 0].set(rows.token)
+    logprobs = jnp.zeros(shape).at[:, 0].set(rows.logprob)
+
+    def unfinished(carry):
+        step, rows, _, _ = carry
+        return (step < max_new_tokens) & ~jnp.all(rows.stopped)
+
+    def body(carry):
+        step, before, tokens, logprobs = carry
+        rows = decoding.advance(model, variables, before, settings, stop_tokens)
+        tokens = tokens.at[:, step].set(jnp.where(before.stopped, NO_TOKEN, rows.token))
+        logprobs = logprobs.at[:, step].set(jnp.where(before.stopped, 0, rows.logprob))
+        return step + 1, rows, tokens, logprobs
+
+    _, rows, tokens, logprobs = jax.lax.while_loop(unfinished, body, (1, rows, tokens, logprobs))
+    return tokens, logprobs, rows
+
+
+def _keys_of_rows(key: Key[Array, "..."] | None, num_rows: int) -> Key[Array, " B"]:
+    key = jax.random.key(0) if key is None else key
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (num_rows,)):
+        raise ValueError(
+            f"key is {key.dtype}{list(key.shape)}; valid: a key of jax.random.key, or one for each of {num_rows} rows"
+        )
+    if key.shape:
+        return jnp.copy(key)  # the caches that it goes with are given away to be written in place
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_rows))
+
+
+def _check_prompt(index: int, prompt: Any, vocab_size: int) -> Int[np.ndarray, " n"]:
+    prompt = np.asarray(prompt)
+    if prompt.ndim != 1 or not prompt.size or not np.issubdtype(prompt.dtype, np.integer):
+        raise ValueError(
+            f"prompts[{index}] is {prompt.dtype}{list(prompt.shape)}; valid: one or more token ids, int [n]"
+        )
+    return _check_ids(f"prompts[{index}]", prompt, vocab_size)
+
+
+def _check_ids(field: str, ids: Int[np.ndarray, " n"], vocab_size: int) -> Int[np.ndarray, " n"]:
+    wrong = ids[(ids < 0) | (ids >= vocab_size)]
+    if wrong.size:
+        raise ValueError(f"{field} has the id {wrong[0]}; valid: 0 to {vocab_size - 1}")
+    return ids.astype(np.int32)
+
+
+def _bucket(length: int) -> int:
+    """The next power of two."""
+    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())

@@ -1,0 +1,150 @@
+"""An HTTP server for a trained model: `python -m effjax.serving.server --workdir=runs/transformer`.
+
+It speaks OpenAI's API on the loopback interface: `/v1/completions`, `/v1/chat/completions`, `/v1/embeddings`, with
+`/healthz` and `/metrics` beside. With the environment variable EFFJAX_API_KEY clients have to show that key.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+from absl import flags
+
+from effjax import checkpoint, cli, data, interop, models
+from effjax.serving.embedder import Embedder
+from effjax.serving.engine import Engine
+
+try:
+    import uvicorn
+
+    from effjax.serving.api import Service, create_app
+    from effjax.serving.chat import ChatTemplate
+except ModuleNotFoundError as error:
+    cli.fail(f"{error}; install the extra that servers need: effjax[serve]")
+
+logger = logging.getLogger(__name__)
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of a run, whose newest checkpoint is served."
+)
+_HF = flags.DEFINE_string("hf", None, "Folder of a Hugging Face model, which is served.")
+_NAME = flags.DEFINE_string("name", None, "Name of the model for clients; default: the folder's.")
+_HOST = flags.DEFINE_string("host", "127.0.0.1", "Interface to listen on.")
+_PORT = flags.DEFINE_integer("port", 8000, "Port to listen on.", 0, 65535)
+_SLOTS = flags.DEFINE_integer("slots", 8, "Texts that are decoded at a time.", 1)
+_MAX_LENGTH = flags.DEFINE_integer(
+    "max_length", None, "Tokens of a text, prompt included; default: what the model takes.", 1
+)
+_MAX_WAITING = flags.DEFINE_integer("max_waiting", 64, "Requests that may wait for a slot.", 1)
+_TIMEOUT = flags.DEFINE_float("timeout", 300.0, "Seconds that a request may take.", 0.001)
+
+
+class Loaded(NamedTuple):
+    """A model to be served."""
+
+    model: nn.Module
+    variables: Any
+    tokenizer: data.Tokenizer
+    template: ChatTemplate
+    stop_tokens: frozenset[int]
+
+
+def load_run(workdir: str | Path) -> Loaded:
+    """The newest checkpoint of a run.
+
+    Raises:
+      CheckpointError: if there is none that can be read.
+    """
+    config = json.loads(checkpoint.load_config(workdir).to_json())  # plain values
+    variables, step = checkpoint.restore_variables(workdir)
+    model = models.create(**config["model"]).at_step(step)
+    tokenizer = data.tokenizer(config["data"])
+    return Loaded(model, variables, tokenizer, ChatTemplate(), _ends(tokenizer.eos_id))
+
+
+def load_folder(folder: str | Path) -> Loaded:
+    """A Hugging Face folder with its tokenizer and chat template.
+
+    Raises:
+      ValueError, OSError: for a folder that is not one of a model that is known.
+    """
+    model, variables = interop.load_hf(folder)
+    path = Path(folder) / "tokenizer.json"
+    tokenizer = data.tokenizer({"tokenizer": {"name": "huggingface", "path": str(path)}})
+    # A chat model ends its turns with a token that need not be the one that ends a document.
+    generation = Path(folder) / "generation_config.json"
+    fields = json.loads(generation.read_text()) if generation.is_file() else {}
+    ends = _ends(fields.get("eos_token_id", tokenizer.eos_id))
+    return Loaded(model, variables, tokenizer, ChatTemplate.of_folder(folder), ends)
+
+
+def _ends(ids: int | Sequence[int] | None) -> frozenset[int]:
+    if ids is None:
+        return frozenset()
+    return frozenset([ids] if isinstance(ids, int) else ids)
+
+
+def serve(loaded: Loaded, name: str, **limits: Any) -> Service:
+    """Starts what answers requests: an engine for a model that scores the vocabulary, an embedder for one that embeds.
+
+    Args:
+      loaded: the model.
+      name: of the model for clients.
+      **limits: `num_slots`, `max_length` and `max_waiting` of the engine, and fields of `Service`.
+    """
+    of_engine = {
+        k: limits.pop(k) for k in ("num_slots", "max_length", "max_waiting") if k in limits
+    }
+    model, variables = loaded.model, loaded.variables
+    engine = embedder = None
+    if scores_vocabulary(model):
+        engine = Engine(model, variables, **of_engine)
+    else:
+        embedder = Embedder(model, variables)
+    return Service(
+        name,
+        loaded.tokenizer,
+        engine,
+        embedder,
+        template=loaded.template,
+        stop_tokens=loaded.stop_tokens,
+        **limits,
+    )
+
+
+def scores_vocabulary(model: nn.Module) -> bool:
+    """Whether the model's head gives logits of tokens."""
+    tokens = jax.ShapeDtypeStruct((1, 1), "int32")
+    output, _ = jax.eval_shape(lambda t: model.init_with_output(jax.random.key(0), t), tokens)
+    return output.logits is not None
+
+
+def main():
+    if (_WORKDIR.value is None) == (_HF.value is None):
+        raise ValueError("give one of --workdir and --hf")
+    folder = _WORKDIR.value or _HF.value
+    loaded = load_run(folder) if _WORKDIR.value else load_folder(folder)
+    key = os.environ.get("EFFJAX_API_KEY") or None
+    if key is None and _HOST.value not in ("127.0.0.1", "::1", "localhost"):
+        logger.warning(
+            "anybody who reaches %s can use this server: EFFJAX_API_KEY is not set", _HOST.value
+        )
+    service = serve(
+        loaded,
+        _NAME.value or Path(folder).resolve().name,
+        num_slots=_SLOTS.value,
+        max_length=_MAX_LENGTH.value,
+        max_waiting=_MAX_WAITING.value,
+        timeout=_TIMEOUT.value,
+        api_key=key,
+    )
+    uvicorn.run(create_app(service), host=_HOST.value, port=_PORT.value, log_level="info")
+
+
+if __name__ == "__main__":
+    cli.run(main)

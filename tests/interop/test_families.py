@@ -1,0 +1,108 @@
+"""Every family against what transformers computed, and there and back again bit by bit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hf_folders import (
+    FAMILIES,
+    RECORDED,
+    assert_same_tensors,
+    bits,
+    config,
+    expected,
+    tensors,
+    variant,
+)
+
+from effjax.interop import families, load_hf, save_hf
+from effjax.interop.architecture import spelled_out
+
+
+@functools.cache
+def run(model):
+    def forward(variables, tokens, mask):
+        output = model.apply(variables, tokens, segment_ids=mask)
+        return output.hidden if output.logits is None else output.logits
+
+    return jax.jit(forward)
+
+
+def used(tensors):
+    """Those that are loaded: embeddings need no pooler."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
+
+
+def logits_of(model, variables, family):
+    tokens, mask, _ = expected(family)
+    return np.asarray(run(model)(variables, tokens, mask))
+
+
+def assert_logits(actual, family, atol):
+    _, mask, wanted = expected(family)
+    assert wanted.std() > 0.5  # so that the tolerance means something
+    np.testing.assert_allclose(actual[mask > 0], wanted[mask > 0], atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_are_those_of_transformers(family, caplog):
+    assert_logits(logits_of(*load_hf(RECORDED / family), family), family, atol=2e-4)
+    assert "not known" not in caplog.text
+
+
+def test_scanned_layers_give_the_same_logits():
+    assert_logits(
+        logits_of(*load_hf(RECORDED / "llama3", scan_layers=True), "llama3"), "llama3", 2e-4
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scanned_layers_are_the_others_stacked(family, tmp_path):
+    _, unrolled = load_hf(RECORDED / family)
+    model, scanned = load_hf(RECORDED / family, scan_layers=True)
+    layers, groups = (v["params"]["depth"]["layers"] for v in (unrolled, scanned))
+    period = len(groups)  # two where the layers differ
+    for block in range(period):
+        alike = [layers[f"blocks_{i}"] for i in range(block, model.num_layers, period)]
+        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *alike)
+        jax.tree.map(np.testing.assert_array_equal, groups[f"blocks_{block}"], stacked)
+    save_hf(tmp_path / "saved", model, scanned)
+    assert_same_tensors(tensors(tmp_path / "saved"), used(tensors(RECORDED / family)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_checkpoints_saved_and_loaded_again_have_not_changed(family, tmp_path):
+    source = tmp_path / "source"
+    variant(source, family, change=lambda t: {k: v.astype(jnp.bfloat16) for k, v in t.items()})
+    model, variables = load_hf(source)
+    assert model.dtype == "bfloat16"
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(variables)} == {"bfloat16"}
+    output = jax.eval_shape(model.apply, variables, jnp.zeros((1, 4), jnp.int32))
+    assert output.hidden.dtype == jnp.bfloat16
+    save_hf(tmp_path / "saved", model, variables, like=source)
+    assert_same_tensors(tensors(tmp_path / "saved"), used(tensors(source)))
+    again, same_variables = load_hf(tmp_path / "saved")
+    assert spelled_out(again) == spelled_out(model)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(bits(a), bits(b)), same_variables, variables
+    )
+    before, after = config(source), config(tmp_path / "saved")
+    assert after["architectures"] == before["architectures"]
+    assert after["model_type"] == before["model_type"]
+    assert after["eos_token_id"] == before["eos_token_id"] == 2
+
+
+@pytest.mark.parametrize("family", ["mamba"])  # whose parameters are used in the most ways
+def test_bfloat16_parameters_give_nearly_the_same_logits(family):
+    model, variables = load_hf(RECORDED / family, dtype="bfloat16")
+    # Computed with in float32, so that only the rounding of the parameters shows.
+    actual = logits_of(model.clone(dtype="float32"), variables, family)
+    error = np.abs(actual - expected(family)[2])[expected(family)[1] > 0]
+    assert 1e-4 < error.mean() < 0.05
+
+
+def test_every_architecture_is_recorded():
+    recorded = {config(RECORDED / family)["architectures"][0] for family in FAMILIES}
+    assert recorded == set(families.names())
