@@ -137,7 +137,8 @@ def read_kernel(name: str, bundles: str, utilization: str) -> Kernel:
     matrix_units, matmul = _matmul_slots(utilization)
     lines = [line for line in bundles.splitlines() if _BUNDLE.match(line)]
     program = _Program(lines, matmul)
-    grid = next((first for first, loop in program.loops.items() if loop.is_grid), None)
+    # The outermost: a loop inside may load, and be marked with, what the compiler spilled of the grid's index.
+    grid = min((first for first, loop in program.loops.items() if loop.is_grid), default=None)
     if grid is None:
         around, step, steps = Cost(), program.cost(0, len(lines)), 1
         body = range(len(lines))

@@ -1,7 +1,6 @@
 """How much of the state-space-duality scan a TPU core takes at a time."""
 
 import dataclasses
-import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,14 +8,12 @@ import jax.numpy as jnp
 from pallas_kernels.blocks import Shape, Sizes, Table
 
 LANES = 128
-# Tokens whose weights are computed at once.
-TILE = LANES
-# Rows of a bfloat16 register: a head is cut out of the heads of a block at whole registers.
+# Rows of a bfloat16 register, to which the states of a channel are filled up.
 ROWS = 16
 # Channels (heads x P) of a grid step. More amortise the grid, fewer keep the unrolled heads short.
 MAX_CHANNELS = 512
-# The weights of a chunk are [chunk, chunk] in several copies.
-MAX_CHUNK = 512
+# The tiles of a grid step are unrolled: the compiler needs ten seconds for the backward of as many.
+MAX_CHUNK = 1024
 # The state of all heads of a group stays in VMEM, beside the blocks of a step.
 VMEM_BYTES = 32 * 2**20
 
@@ -26,16 +23,43 @@ class Blocks:
     """Sizes.
 
     Attributes:
-        chunk: tokens a chunk, a multiple of 128.
+        chunk: tokens a grid step, a multiple of 128.
         heads: heads a grid step; heads x dim is a multiple of 128.
         per_group: heads a group, filled up to whole grid steps.
-        dim: P, filled up to whole registers.
+        dim: P, filled up to a power of two up to 128, or to a multiple of it.
+        pack: heads side by side on lanes, which a product takes at once.
     """
 
     chunk: int
     heads: int
     per_group: int
     dim: int
+    pack: int
+
+    @property
+    def tile(self) -> int:
+        """Tokens whose weights are computed at once. Fewer are fewer pairs of tokens, but more states between them."""
+        return _tile(self.dim)
+
+    @property
+    def tiles(self) -> int:
+        """Tiles a chunk."""
+        return self.chunk // self.tile
+
+    @property
+    def packs(self) -> int:
+        """Packs of heads a grid step."""
+        return self.heads // self.pack
+
+    @property
+    def pack_tokens(self) -> int:
+        """Lanes of a pack with one for each head and token of a tile."""
+        return self.pack * self.tile
+
+    @property
+    def pack_channels(self) -> int:
+        """Lanes of a pack with one for each head and channel."""
+        return self.pack * self.dim
 
     @property
     def channels(self) -> int:
@@ -48,16 +72,28 @@ class Blocks:
         return self.per_group // self.heads
 
 
+def _tile(dim: int) -> int:
+    return LANES // 2 if dim <= LANES // 2 else LANES
+
+
+def _pack(heads: int, dim: int, width: int) -> int:
+    """The heads of a pack: they fill a matrix unit of `width`, or else registers."""
+    packs = (max(1, lanes // dim) for lanes in (LANES, width))
+    return max(pack for pack in packs if heads % pack == 0)
+
+
 def _flaw(sizes: Sizes, shape: Shape) -> str | None:
     chunk, heads = sizes["chunk"], sizes["heads"]
-    if chunk % TILE or chunk > MAX_CHUNK:
-        return f"chunk={chunk} is no multiple of {TILE} up to {MAX_CHUNK}"
-    if chunk > max(TILE, shape["time"]):
+    if chunk % LANES or chunk > MAX_CHUNK:
+        return f"chunk={chunk} is no multiple of {LANES} up to {MAX_CHUNK}"
+    if chunk > max(LANES, shape["time"]):
         return f"chunk={chunk} is more tokens than there are, {shape['time']}"
     if shape["per_group"] % heads:
         return f"heads={heads} does not divide the heads of a group, {shape['per_group']}"
     if heads * shape["dim"] % LANES:
         return f"heads={heads} of {shape['dim']} channels are no multiple of {LANES}"
+    if heads * chunk // _tile(shape["dim"]) > LANES:
+        return f"heads={heads} times the tiles of chunk={chunk} are more than {LANES} columns"
     return None
 
 
@@ -83,23 +119,26 @@ def blocks(
 ) -> Blocks:
     """Sizes for `time` tokens and `per_group` heads a group of `dim` channels with `states` each, by table or rule.
 
-    Work inside a chunk grows with its length, traffic of states and the price of a grid step shrink with it. By their
-    schedules, 256 tokens take fewer cycles than twice 128 in bfloat16 on v5e and v6e, forward and backward. A float32
-    product takes six of bfloat16, so that the matrix unit bounds the kernels and less work inside a chunk is better.
-    `chunk_size` is rounded up to whole registers.
+    The work is that of tiles, whatever a chunk is: more of them fill each other's waits, but the compiler takes longer.
+    A matrix unit is 128 wide on v5e and 256 on v6e; a pack of heads fills it. `chunk_size` is rounded up to whole
+    registers.
     """
-    by_rule = chunk_size
-    if by_rule is None:
-        by_rule = 2 * LANES if dtype == jnp.bfloat16 else LANES
     whole = _round_up(time, LANES)
+    by_rule = chunk_size or (4 * LANES if dtype == jnp.bfloat16 else 2 * LANES)
     chunk = min(_round_up(by_rule, LANES), whole)
-    dim = _round_up(dim, ROWS)
-    fewest = LANES // math.gcd(LANES, dim)
+    dim = _round_up(dim, LANES) if dim > LANES else max(ROWS, 1 << (dim - 1).bit_length())
+    width = 2 * LANES if "v6" in device_kind or "v7" in device_kind else LANES
+    fewest = max(1, LANES // dim)
     per_group = _round_up(per_group, fewest)
+    tiles = chunk // _tile(dim)
     heads = max(
-        heads
-        for heads in range(fewest, per_group + 1, fewest)
-        if per_group % heads == 0 and (heads * dim <= MAX_CHANNELS or heads == fewest)
+        (
+            heads
+            for heads in range(fewest, per_group + 1, fewest)
+            if per_group % heads == 0
+            and (heads == fewest or (heads * dim <= MAX_CHANNELS and heads * tiles <= LANES))
+        ),
+        key=lambda heads: (_pack(heads, dim, width), heads),
     )
     if chunk_size is None:
         sizes = TABLE.choose(
@@ -113,17 +152,19 @@ def blocks(
         )
         # Of a bucket of lengths the table has the sizes of the longest.
         chunk, heads = min(sizes["chunk"], whole), sizes["heads"]
-    return Blocks(chunk, heads, per_group, dim)
+    return Blocks(chunk, heads, per_group, dim, _pack(heads, dim, width))
 
 
 def vmem_bytes(sizes: Blocks, states: int, dtype) -> int:
-    """Of the backward, which needs most: blocks are double-buffered, states have whole registers of lanes."""
+    """Of the backward, which needs most: blocks are double-buffered, B and C have whole registers of lanes."""
     itemsize = jnp.dtype(dtype).itemsize
-    states = _round_up(states, LANES)
-    tokens = 2 * 3 * sizes.chunk * sizes.channels * itemsize + 2 * 5 * sizes.chunk * states * 4
-    state = (sizes.steps * 4 + 2 * 2 * 4 + 2 * itemsize + 3 * 4) * sizes.channels * states
-    temporaries = 8 * sizes.chunk * sizes.channels * 4 + 8 * sizes.chunk**2 * 4
-    return tokens + state + temporaries
+    lanes, states = _round_up(states, LANES), _round_up(states, ROWS)
+    by_channel = (2 * 3 + 1) * itemsize + 3 * 4
+    tokens = sizes.chunk * (by_channel * sizes.channels + 2 * 6 * lanes * 4)
+    state = (sizes.steps + sizes.tiles + 1 + 2 * 2 + 2) * sizes.channels * states * 4
+    rows = 2 * 8 * _round_up(sizes.heads, 8) * sizes.chunk * 4
+    weights = 8 * (sizes.tile + states) * sizes.pack_tokens * 4
+    return tokens + state + rows + weights
 
 
 def _round_up(x: int, multiple: int) -> int:

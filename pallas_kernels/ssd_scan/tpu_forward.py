@@ -1,96 +1,115 @@
 """The forward of the state-space-duality scan on TPU, one chunk of a few heads: arXiv 2405.21060, section 6.
 
-With S the state before the chunk, total the sum of dt A up to a token and Q the last token:
+With S the state before a tile of tokens, total the sum of dt A from its beginning and Q its last token:
 
     y_t = Σ_{s<=t} (C_t · B_s) exp(total_t - total_s) dt_s x_s + exp(total_t) S C_t + D x_t
     S'  = exp(total_Q) S + Σ_s exp(total_Q - total_s) dt_s x_s B_sᵀ
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from pallas_kernels.ssd_scan.tpu_blocks import TILE
+from pallas_kernels.ssd_scan.tpu_blocks import LANES
 from pallas_kernels.ssd_scan.tpu_chunk import (
-    LANES,
+    LOG2_E,
     PLAIN,
+    Columns,
     Spec,
-    by_head,
+    block_diagonal,
+    causal,
+    column,
+    decay,
     dot,
-    lanes,
+    packs,
+    pipelined,
+    running_sums,
     scales,
     similarity,
-    stack,
     wide,
 )
 
 
-def kernel(
-    spec: Spec, x, dt, total, B, C, D, rows, initial, y, last, past, carry, similarities
-) -> None:
-    """The grid is batch x groups x chunks x steps of heads: a group's heads share the products C_t · B_s.
+def kernel(spec: Spec, x, dt, log_decay, B, C, D, marks, initial, y, last, past, carry) -> None:
+    """The grid is batch x groups x chunks x steps of heads.
 
     Args:
         spec: static arguments.
-        x: ref [Q, heads * P].
-        dt: ref float32 [heads, Q].
-        total: ref float32 [heads, Q], `tpu_chunk.Scales.total`.
-        B: ref [Q, N].
-        C: ref [Q, N].
-        D: ref float32 [heads, Q], a row of one number a head; None: 0.
-        rows: ref float32 [4, Q], `tpu.segment_rows`; None: one segment.
-        initial: ref float32 [heads * P, N], the state before the first chunk.
-        y: ref [Q, heads * P].
-        last: ref float32 [heads * P, N], the state after the last chunk.
-        past: ref [heads * P, N], the state before this chunk; None: not wanted.
-        carry: scratch float32 [steps, heads * P, N].
-        similarities: scratch float32 [Q, Q].
+        x: ref [tokens, channels].
+        dt: ref float32 [heads, tokens].
+        log_decay: ref like dt, dt A.
+        B: ref [tokens, N].
+        C: ref [tokens, N].
+        D: ref float32 [1, channels]; None: 0.
+        marks: ref float32 [4, tokens], `tpu.segment_marks`; None: one segment.
+        initial: ref float32 [N, channels], the state before the first chunk.
+        y: ref [tokens, channels].
+        last: ref float32 [N, channels], the state after the last chunk.
+        past: ref [N, channels], the state before this chunk; None: not wanted.
+        carry: scratch float32 [steps, N, channels].
     """
-    chunk, step = pl.program_id(2), pl.program_id(3)
+    sizes, chunk, step = spec.blocks, pl.program_id(2), pl.program_id(3)
 
     @pl.when(chunk == 0)
     def _():
         carry[step] = initial[...]
 
-    @pl.when(step == 0)
-    def _():
-        similarities[...] = similarity(B, C, rows)
-
-    dtype = x.dtype
-    scale = scales(dt, total, rows)
-    state = carry[step]
     if past is not None:
-        past[...] = state.astype(past.dtype)
-    inputs = by_head(x[...].T, spec.blocks)
-    reads = by_head(dot(state.astype(dtype), C[...], LANES), spec.blocks)
-    outputs, writes, kept = [], [], []
-    for h, (inputs_h, reads_h, state_h) in enumerate(
-        zip(inputs, reads, by_head(state, spec.blocks), strict=True)
-    ):
-        of_head = slice(h, h + 1)
-        stepped = wide(inputs_h) * scale.dt[of_head]
-        output = reads_h * scale.from_past[of_head] + _within(
-            h, scale, stepped.astype(dtype), similarities
+        past[...] = carry[step].astype(past.dtype)
+    total = running_sums(sizes, log_decay[...] * LOG2_E)
+    totals = Columns(sizes, total, on_matrix_unit=sizes.pack_channels > LANES)
+    resets = None if marks is None else column(marks[1:2])
+
+    @functools.cache
+    def of_tile(tile):
+        tokens = pl.ds(tile * sizes.tile, sizes.tile)
+        seen = causal(sizes, tile, marks, reading_on_rows=True)
+        return (
+            scales(sizes, tile, dt[...], total, marks),
+            seen,
+            *similarity(sizes, C[tokens], B[tokens]),
         )
+
+    def bring(pack, _):
+        of_tile(pack.tile)
+        for_tokens = totals.spread(pack.tile, pack.head, sizes.tile)
+        is_same = sizes.dim == sizes.tile
+        return for_tokens, for_tokens if is_same else totals.spread(pack.tile, pack.head, sizes.dim)
+
+    def prepare(pack, brought):
+        """The operands of the products, and what is left of the state before the tile."""
+        for_tokens, for_channels = brought
+        scale, is_seen, similarities, turned = of_tile(pack.tile)
+        decays = decay(is_seen, for_tokens - scale.row("total", pack.head))
+        weights = similarities * decays * scale.row("dt", pack.head)
+        write = turned * (scale.row("to_end", pack.head) * scale.row("dt", pack.head))
+        left = jnp.concatenate([weights, write], axis=0).astype(x.dtype)
+        if resets is not None:
+            for_channels += resets[pack.tile * sizes.tile :][: sizes.tile]
+        return left, block_diagonal(sizes, x[pack.tokens, pack.channels]), jnp.exp2(for_channels)
+
+    def multiply(pack, prepared):
+        left, right, from_past = prepared
+        return dot(left, right, PLAIN), from_past
+
+    def advance(pack, multiplied):
+        sums, from_past = multiplied
+        state = carry[step, :, pack.channels]
+        read = dot(C[pack.tokens], state.astype(x.dtype), PLAIN)
+        kept = state * of_tile(pack.tile)[0].row("kept", pack.head)
+        carry[step, :, pack.channels] = kept + sums[sizes.tile :]
+        return sums[: sizes.tile], read, from_past
+
+    def put(pack, advanced):
+        output, read, from_past = advanced
+        output += read * from_past
         if D is not None:
-            output += wide(inputs_h) * D[of_head]
-        outputs.append(output.astype(dtype))
-        writes.append((stepped * scale.to_end[of_head]).astype(dtype))
-        kept.append(state_h * scale.kept[of_head])
-    y[...] = stack(outputs).T
-    carry[step] = stack(kept) + dot(stack(writes), B[...], PLAIN)
+            output += wide(x[pack.tokens, pack.channels]) * D[:, pack.channels]
+        y[pack.tokens, pack.channels] = output.astype(y.dtype)
+
+    pipelined(packs(sizes), bring, prepare, multiply, advance, put)
 
     @pl.when(chunk == pl.num_programs(2) - 1)
     def _():
         last[...] = carry[step]
-
-
-def _within(h, scale, stepped, similarities):
-    """What the tokens of a chunk read of each other, float32 like `stepped` [P, Q]."""
-    outputs = []
-    for t in range(stepped.shape[1] // TILE):
-        output = 0
-        for s in range(t + 1):
-            weights = similarities[lanes(s), lanes(t)] * scale.decay(h, s, t)
-            output += dot(stepped[:, lanes(s)], weights.astype(stepped.dtype), PLAIN)
-        outputs.append(output)
-    return jnp.concatenate(outputs, axis=1)

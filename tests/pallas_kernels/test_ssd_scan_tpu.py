@@ -15,7 +15,10 @@ from test_ssd_scan import in_float32
 from test_ssd_scan import random_inputs as random_inputs_of_any_step
 
 from pallas_kernels import ssd_scan, topology
+from pallas_kernels.dispatch import target
 from pallas_kernels.ssd_scan import tpu, tpu_blocks
+
+V5E, V6E = "TPU v5 lite", "TPU v6 lite"
 
 
 def random_inputs(*arguments):
@@ -25,24 +28,40 @@ def random_inputs(*arguments):
     return inputs
 
 
-# Length, chunk, heads, P, groups, whether there are segments, which optional arrays there are.
+# Device kind, length, chunk, heads, P, groups, whether there are segments, which optional arrays there are.
 CASES = {
-    "one short chunk": (7, None, 4, 16, 1, False, ("D",)),
-    "chunks": (300, 128, 8, 64, 1, False, ()),
-    "chunks of tiles": (300, 256, 8, 16, 1, True, ("initial_state",)),
-    "steps of heads, segments, everything": (150, 128, 12, 20, 2, True, ("D", "initial_state")),
-    "whole chunks, everything": (256, 100, 8, 16, 1, False, ("D", "initial_state")),
+    "one short chunk": (V5E, 7, None, 2, 64, 1, False, ("D",)),
+    "narrow heads": (V5E, 130, 128, 8, 16, 1, True, ("D",)),
+    "chunks": (V5E, 300, 256, 8, 64, 1, False, ()),
+    "steps of heads, segments, everything": (
+        V5E,
+        150,
+        128,
+        12,
+        20,
+        2,
+        True,
+        ("D", "initial_state"),
+    ),
+    "wide packs, segments": (V6E, 150, 128, 4, 64, 1, True, ("initial_state",)),
+    "wide heads": (V5E, 150, 100, 2, 100, 1, False, ("D", "initial_state")),
+    "wide packs of wide heads": (V6E, 256, 128, 4, 128, 2, True, ("D",)),
 }
+# In float32 these are for `-m slow`.
+LONG_CASES = ("narrow heads", "chunks", "wide packs of wide heads")
 
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, "float32") for case in CASES]
-    + [("steps of heads, segments, everything", "bfloat16"), ("chunks of tiles", "bfloat16")],
+    [(case, "float32") for case in CASES if case not in LONG_CASES]
+    + [("wide packs, segments", "bfloat16")]
+    + [pytest.param(case, "float32", marks=pytest.mark.slow) for case in LONG_CASES],
 )
 def test_kernels_with_every_gradient_equal_float64(rng, monkeypatch, case, dtype):
-    monkeypatch.setattr(tpu_blocks, "MAX_CHANNELS", 128)
-    length, chunk_size, heads, dim, groups, has_segments, optional = CASES[case]
+    kind, length, chunk_size, heads, dim, groups, has_segments, optional = CASES[case]
+    # A pack of heads, so that there are several steps of heads.
+    monkeypatch.setattr(tpu_blocks, "MAX_CHANNELS", 256 if kind == V6E else 128)
+    monkeypatch.setattr(tpu, "target", lambda: target()._replace(device_kind=kind))
     inputs = random_inputs(rng, 2, length, heads, dim, groups, 6)
     cotangents = {"y": rng.normal(size=inputs["x"].shape)}
     cotangents["state"] = rng.normal(size=inputs["initial_state"].shape)
@@ -69,7 +88,7 @@ def test_kernels_with_every_gradient_equal_float64(rng, monkeypatch, case, dtype
 def test_several_steps_of_the_grid_without_races(rng, monkeypatch):
     """The interpreter that knows of transfers: it raises at a race, and takes parallel axes in random order."""
     monkeypatch.setattr(tpu_blocks, "MAX_CHANNELS", 128)
-    inputs = in_float32(random_inputs(rng, 1, 200, 8, 32, 1, 4))
+    inputs = in_float32(random_inputs(rng, 1, 200, 4, 64, 1, 4))
     state = inputs.pop("initial_state")
     reset = jnp.zeros((1, 200), bool).at[:, 90].set(True)
 
@@ -107,7 +126,7 @@ def test_a_step_that_is_forgotten_at_once_or_that_grows(rng):
 
 
 def test_under_vmap_and_remat(rng):
-    layers = [in_float32(random_inputs(rng, 1, 140, 4, 32, 1, 4)) for _ in range(2)]
+    layers = [in_float32(random_inputs(rng, 1, 140, 2, 64, 1, 4)) for _ in range(2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
     segment_ids = jnp.asarray(np.stack([random_segments(rng, 1, 140) for _ in range(2)]))
 
@@ -118,11 +137,9 @@ def test_under_vmap_and_remat(rng):
 
         return jax.jit(jax.vmap(jax.grad(wrap(loss))))(stacked, segment_ids)
 
-    want = gradient("xla")
-    for wrap in (lambda f: f, jax.remat):
-        got = gradient("tpu_interpret", wrap)
-        for name in want:
-            assert relative_error(got[name], want[name]) < 2e-5, (wrap, name)
+    want, got = gradient("xla"), gradient("tpu_interpret", jax.remat)
+    for name in want:
+        assert relative_error(got[name], want[name]) < 2e-5, name
 
 
 def test_under_shard_map_with_rates_shared_by_all_rows(rng):
@@ -199,7 +216,7 @@ def test_compiles_for_tpu(chip, shape, dtype, has_segments):
 @needs_libtpu
 def test_without_gradients_no_state_leaves_the_kernel_but_the_last():
     inputs = shapes(1, 2048, 4, 64, 1, 128, "bfloat16")
-    chunks = r"bf16\[1,8,256,128\]"  # the state before each of 8 chunks
+    chunks = r"bf16\[1,4,128,256\]"  # the state before each of 4 chunks
     forward = topology.compile_for("v5e", lambda x: ssd_scan(**x), inputs)
     assert not re.search(chunks, forward.as_text())
     with_gradients = compile_with_gradients("v5e", ssd_scan, inputs)
@@ -226,15 +243,15 @@ def test_compiles_under_vmap_and_scan_of_layers():
 
 @needs_libtpu
 def test_what_the_kernels_cannot_do_goes_elsewhere():
-    inputs = {name: jnp.ones(x.shape) for name, x in shapes(1, 600, 2, 8, 1, 4, "float32").items()}
+    inputs = {name: jnp.ones(x.shape) for name, x in shapes(1, 1100, 2, 8, 1, 4, "float32").items()}
 
     def for_tpu(options, **inputs):
         return topology.compile_for("v5e", lambda x: ssd_scan(**x, **options), inputs)
 
     assert kernels_in(for_tpu({}, **inputs)) == 1
-    assert kernels_in(for_tpu({"chunk_size": 600}, **inputs)) == 0
-    with pytest.raises(ValueError, match="chunk_size=600; the kernels take up to 512 tokens"):
-        ssd_scan(**inputs, chunk_size=600, implementation="tpu_interpret")
+    assert kernels_in(for_tpu({"chunk_size": 1100}, **inputs)) == 0
+    with pytest.raises(ValueError, match="chunk_size=1100; the kernels take up to 1024 tokens"):
+        ssd_scan(**inputs, chunk_size=1100, implementation="tpu_interpret")
     halves = inputs | {name: inputs[name].astype(jnp.float16) for name in "xBC"}
     with pytest.raises(ValueError, match="x has dtype float16; the kernels take bfloat16 and fl"):
         ssd_scan(**halves, implementation="tpu_interpret")

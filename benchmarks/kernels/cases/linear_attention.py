@@ -1,15 +1,18 @@
 """BASED's Taylor attention beside two ways to write it in plain jax: quadratic, and chunk by chunk over a state."""
 
+import dataclasses
 import math
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks.kernels.case import BOTH, FORWARD, Case, Contender, implementations
-from benchmarks.kernels.roofline import Work
+from benchmarks.kernels.roofline import Product, Work
 from pallas_kernels import OPS, linear_attention
 
 _CHUNK = 128
+# Lengths that the chunks of a kernel may have.
+_CHUNKS = (64, 128, 256, 512)
 
 
 def linear_attention_cases(quick: bool) -> list[Case]:
@@ -31,6 +34,18 @@ def _case(batch: int, time: int, heads: int, dim: int, value_dim: int) -> Case:
     # Of a token: half of its chunk's q kᵀ and weights times values and their sum; the state, written and read.
     a_token = _CHUNK * (dim + value_dim + 1) + 4 * features * (value_dim + 1)
     forward = Work(matmul_flops=batch * time * heads * a_token)
+
+    def ways(products) -> tuple[tuple[Product, ...], ...]:
+        return tuple(
+            tuple(
+                Product(*sizes, times=batch * heads * time / chunk)
+                for sizes in products(chunk, dim, value_dim + 1, features)
+            )
+            for chunk in _CHUNKS
+        )
+
+    both = dataclasses.replace(forward.times(3), products=ways(_products_with_gradients))
+    forward = dataclasses.replace(forward, products=ways(_products))
     return Case(
         op="linear_attention",
         shape=f"[{batch}, {time}, {heads}, {dim}], values {value_dim}, taylor",
@@ -40,8 +55,33 @@ def _case(batch: int, time: int, heads: int, dim: int, value_dim: int) -> Case:
             Contender("quadratic", quadratic),
             Contender("chunks in jax", chunked),
         ),
-        work={FORWARD: forward, BOTH: forward.times(3)},
+        work={FORWARD: forward, BOTH: both},
     )
+
+
+def _products(chunk, dim, width, features) -> list[tuple[int, int, int]]:
+    """Of a chunk of a head: q kᵀ, weights times values (with their ones), the state written and read."""
+    return [
+        (chunk, dim, chunk),
+        (width, chunk, chunk),
+        (width, chunk, features),
+        (width, features, chunk),
+    ]
+
+
+def _products_with_gradients(chunk, dim, width, features) -> list[tuple[int, int, int]]:
+    """Besides, with the states of the forward at hand: q kᵀ again, the gradients of the weights, of q, k and v through
+    them, of φ(q), φ(k) and v through the states, and of the state."""
+    return [
+        *_products(chunk, dim, width, features),
+        (chunk, dim, chunk),
+        (chunk, width, chunk),
+        *[(dim, chunk, chunk)] * 2,
+        (width, chunk, chunk),
+        *[(features, width, chunk)] * 2,
+        (width, features, chunk),
+        (features, chunk, width),
+    ]
 
 
 def quadratic(q, k, v):

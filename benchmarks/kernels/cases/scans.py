@@ -34,8 +34,12 @@ def _selective_scan_case(batch: int, time: int, channels: int, states: int) -> C
             "C": jax.random.normal(keys[3], (batch, time, states), dtype),
         }
 
-    # Of a state: exp(Δ A), two operations; times h and + Δu B, three; times C, summed, two.
-    forward = Work(vector_flops=7 * batch * time * channels * states)
+    # Of a state: Δ A and its exponential; times h, Δu B and their sum; times C, summed. With gradients decays and
+    # states again; the adjoint, from C dy and the decay of the one after, three; those of B, C and Δ u, each a product
+    # and its sum, six; through the exponent times h, then A and Δ, each summed, five.
+    count = batch * time * channels * states
+    forward = Work(vector_flops=6 * count, exponentials=count)
+    both = Work(vector_flops=(6 + 4 + 3 + 6 + 5) * count, exponentials=2 * count)
     return Case(
         op="selective_scan",
         shape=f"[{batch}, {time}, {channels}], state {states}",
@@ -44,7 +48,7 @@ def _selective_scan_case(batch: int, time: int, channels: int, states: int) -> C
             *implementations(selective_scan, OPS["selective_scan"]),
             Contender("associative_scan", associative_selective_scan),
         ),
-        work={FORWARD: forward, BOTH: forward.times(3)},
+        work={FORWARD: forward, BOTH: both},
     )
 
 
