@@ -1,5 +1,7 @@
 """Mixtures of experts against the token-by-token loops of `moe_reference`."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import moe_reference
@@ -207,8 +209,15 @@ def test_without_jitter_training_needs_no_randomness(rng):
     np.testing.assert_array_equal(train, evaluate)
 
 
-@pytest.mark.parametrize("dispatch", ["capacity", "dropless"])
-@pytest.mark.parametrize("name", MIXTURES)
+@pytest.mark.parametrize(
+    ("name", "dispatch"),
+    [
+        case
+        if case in [("switch", "capacity"), ("adamoe", "dropless")]
+        else pytest.param(*case, marks=pytest.mark.slow)
+        for case in itertools.product(MIXTURES, ["capacity", "dropless"])
+    ],
+)
 def test_padding_goes_to_no_expert_and_counts_nowhere(rng, name, dispatch):
     """Rows with padding, wherever it is, give the text what its row without padding gives it."""
     module = MIXTURES[name][0].clone(dispatch=dispatch, capacity_factor=100.0)

@@ -68,8 +68,10 @@ SHORT_CASES = ("segments and a state", "one short chunk")
 @pytest.mark.parametrize(
     ("case", "feature_map", "dtype"),
     [(case, "taylor", "float32") for case in SHORT_CASES]
-    + [("segments and a state", name, "float32") for name in ("identity", "softplus", SIGNED)]
-    + [("turned", "elu+1", "float32"), ("turned", "elu+1", "bfloat16")]
+    + [("segments and a state", name, "float32") for name in ("identity", SIGNED)]
+    + [("turned", "elu+1", "bfloat16")]
+    + [pytest.param("turned", "elu+1", "float32", marks=pytest.mark.slow)]
+    + [pytest.param("segments and a state", "softplus", "float32", marks=pytest.mark.slow)]
     + [("segments and a state", "taylor", "bfloat16")]
     + [pytest.param("many turned", "taylor", "bfloat16", marks=pytest.mark.slow)]
     + [
@@ -236,7 +238,8 @@ TYPICAL = [("taylor", 16, 64), ("taylor", 16, 128), ("identity", 128, 128), ("el
 @pytest.mark.parametrize(
     ("feature_map", "dim", "value_dim", "dtype", "has_segments"),
     [(*shape, "bfloat16", False) for shape in TYPICAL]
-    + [("taylor", 16, 64, "bfloat16", True), ("taylor", 16, 64, "float32", True)]
+    + [("taylor", 16, 64, "float32", True)]
+    + [pytest.param("taylor", 16, 64, "bfloat16", True, marks=pytest.mark.slow)]
     + [("softplus", 64, 64, "float32", False), (SIGNED, 40, 56, "bfloat16", True)],
 )
 def test_compiles_for_tpu(chip, feature_map, dim, value_dim, dtype, has_segments):

@@ -33,7 +33,7 @@ LONG_CASES = ("whole chunks", "blocks of channels", "a skip, segments", "everyth
     ("case", "dtype"),
     [
         ("less than a chunk", "float32"),
-        ("parts of a block", "float32"),
+        pytest.param("parts of a block", "float32", marks=pytest.mark.slow),
         ("everything", "bfloat16"),
         *(pytest.param(case, "float32", marks=pytest.mark.slow) for case in LONG_CASES),
     ],
@@ -79,6 +79,7 @@ def test_several_chunks_without_races(rng):
         assert relative_error(x, y) < 1e-6
 
 
+@pytest.mark.slow
 def test_under_vmap_and_remat(rng):
     layers = [in_float32(random_inputs(rng, 1, 140, 5, 3)) for _ in range(2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
@@ -98,6 +99,7 @@ def test_under_vmap_and_remat(rng):
             assert relative_error(got[name], want[name]) < 1e-5, (wrap, name)
 
 
+@pytest.mark.slow
 def test_under_shard_map_with_rates_shared_by_all_rows(rng):
     if jax.device_count() < 4:
         pytest.skip(f"needs 4 devices, there are {jax.device_count()}: set XLA_FLAGS")
@@ -153,7 +155,7 @@ def kernels_in(compiled) -> int:
     ("shape", "dtype", "has_segments"),
     [
         ((2, 2048, 1536, 16), "bfloat16", True),  # Mamba 130M
-        ((2, 2048, 1536, 16), "float32", False),
+        pytest.param((2, 2048, 1536, 16), "float32", False, marks=pytest.mark.slow),
         ((1, 300, 640, 64), "float32", True),  # the widest state that the kernels take
         ((2, 50, 5, 3), "bfloat16", False),
     ],

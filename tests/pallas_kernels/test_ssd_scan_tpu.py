@@ -48,7 +48,12 @@ CASES = {
     "wide packs of wide heads": (V6E, 256, 128, 4, 128, 2, True, ("D",)),
 }
 # In float32 these are for `-m slow`.
-LONG_CASES = ("narrow heads", "chunks", "wide packs of wide heads")
+LONG_CASES = (
+    "narrow heads",
+    "chunks",
+    "steps of heads, segments, everything",
+    "wide packs of wide heads",
+)
 
 
 @pytest.mark.parametrize(
@@ -105,6 +110,7 @@ def test_several_steps_of_the_grid_without_races(rng, monkeypatch):
         assert relative_error(x, y) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_step_that_is_forgotten_at_once_or_that_grows(rng):
     """Sums of dt A that would overflow if the decay were cut into factors, and an A that is not negative."""
     inputs = in_float32(random_inputs(rng, 1, 260, 2, 64, 1, 4))
@@ -125,6 +131,7 @@ def test_a_step_that_is_forgotten_at_once_or_that_grows(rng):
         assert relative_error(got[name], want[name]) < 1e-3, name
 
 
+@pytest.mark.slow
 def test_under_vmap_and_remat(rng):
     layers = [in_float32(random_inputs(rng, 1, 140, 2, 64, 1, 4)) for _ in range(2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
@@ -142,6 +149,7 @@ def test_under_vmap_and_remat(rng):
         assert relative_error(got[name], want[name]) < 2e-5, name
 
 
+@pytest.mark.slow
 def test_under_shard_map_with_rates_shared_by_all_rows(rng):
     if jax.device_count() < 8:
         pytest.skip(f"needs 8 devices, there are {jax.device_count()}: set XLA_FLAGS")
@@ -193,7 +201,7 @@ def kernels_in(compiled) -> int:
     ("shape", "dtype", "has_segments"),
     [
         ((2, 4096, 24, 64, 1, 128), "bfloat16", False),  # Mamba-2 130M
-        ((2, 4096, 24, 64, 1, 128), "float32", True),
+        pytest.param((2, 4096, 24, 64, 1, 128), "float32", True, marks=pytest.mark.slow),
         ((1, 2000, 80, 64, 8, 64), "bfloat16", True),  # the width of Mamba-2 2.7B, odd elsewhere
         ((2, 50, 3, 5, 1, 6), "bfloat16", False),
     ],

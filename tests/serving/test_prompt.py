@@ -83,6 +83,7 @@ def test_an_embedder_has_nothing_to_say(tmp_path):
         list(evaluation.continue_text(None, tmp_path / "run", "text", 4))
 
 
+@pytest.mark.slow
 def test_flags_of_the_prompt_without_one_are_refused(tmp_path):
     done = command(f"--workdir={tmp_path}", "--temperature=1")
     assert done.returncode == 2

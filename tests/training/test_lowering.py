@@ -44,6 +44,7 @@ def test_each_device_holds_its_share_of_the_state_and_the_batch():
     assert whole / 8 < share < whole / 2
 
 
+@pytest.mark.slow
 @needs_libtpu
 def test_a_sharded_step_runs_on_the_tpu_kernels():
     """Convolution, linear attention and window: BASED on 2 x 2 chips, parameters and heads split."""

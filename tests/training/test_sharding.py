@@ -28,23 +28,21 @@ MESHES = {
     "tensor": {"tensor": 2},
     "expert": {"expert": 2},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
+    "with_experts": {"data": 2, "tensor": 2, "expert": 2},
 }
-
-
-WITH_EXPERTS = ("switch", "adamoe")
+# Whose default mesh is not "all".
+MESH_OF_ALL = {"switch": "with_experts", "adamoe": "with_experts"}
 BASELINES = ("transformer", "recursive")
 
 
 def cases():
-    """Headliners on each mesh of one axis, a routed one and a scan on that of three; the rest is for `-m slow`.
+    """Headliners on a mesh of three axes, that of experts among them if there are any.
 
-    So is the axis of experts for models without experts, which leave it idle.
+    Each axis alone, and the other models, are for `-m slow`.
     """
     for name, mesh in itertools.product(FIELDS, MESHES):
-        is_idle = mesh == "expert" and name not in WITH_EXPERTS
         is_other = name in BASELINES or name in STATE_SPACE
-        runs = not is_other and mesh != "all" and not is_idle
-        runs = runs or (name, mesh) in [("mor", "all"), ("mamba2", "all")]
+        runs = not is_other and mesh == MESH_OF_ALL.get(name, "all")
         yield pytest.param(name, mesh, marks=[] if runs else [pytest.mark.slow])
 
 
