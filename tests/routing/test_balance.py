@@ -134,13 +134,13 @@ def test_loss_free_bias_balances_a_skewed_router(rng):
         return balance.load(jax.lax.top_k(probs + bias, 2)[1], 6)
 
     def step(bias, _):
-        gradient = jax.grad(lambda b: balance.loss_free_bias_loss(loads(b), b))(bias)
-        return bias - 0.002 * gradient, None
+        load = loads(bias)
+        return bias - 0.001 * jax.grad(balance.loss_free_bias_loss, argnums=1)(load, bias), load
 
-    bias, _ = jax.lax.scan(step, jnp.zeros(6), length=500)
-    assert jnp.max(loads(jnp.zeros(6))) * 6 > 2
-    # The bias moves by whole steps, each of which may move every token that is nearly a tie.
-    assert jnp.max(loads(bias)) * 6 < 1.25
+    _, path = jax.lax.scan(step, jnp.zeros(6), length=1000)
+    assert jnp.max(path[0]) * 6 > 2
+    # Steps of one size end in a cycle about the even load (its single loads reach 1.1), so its mean is held.
+    assert jnp.max(jnp.mean(path[-100:], axis=0)) * 6 < 1.1
 
 
 def test_router_z_loss(rng):
