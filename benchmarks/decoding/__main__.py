@@ -19,6 +19,11 @@ from benchmarks.decoding.contexts import MODELS, SIZE, Decoder, crossover
 _CONTEXTS = flags.DEFINE_list(
     "contexts", [str(2**n) for n in range(8, 16)], "Tokens before the one that is decoded."
 )
+flags.register_validator(
+    "contexts",
+    lambda given: given and all(context.isdigit() and int(context) > 0 for context in given),
+    message="valid: one or more positive integers",
+)
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", 1, "Texts at a time.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 24, "Tokens decoded at each context.", lower_bound=3)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each model.", lower_bound=1)
@@ -28,7 +33,7 @@ _OUT = flags.DEFINE_string("out", "benchmarks/results/decoding.json", "File of t
 def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
-    contexts = sorted(int(context) for context in _CONTEXTS.value)
+    contexts = sorted(map(int, _CONTEXTS.value))
     rows = [
         measure(c) for c in track(contexts, description="contexts", console=Console(stderr=True))
     ]
@@ -99,8 +104,8 @@ def draw(report: dict, path: Path) -> None:
                 marker="o",
                 label=name,
             )
-        ax.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel=label)
         ax.set_xscale("log", base=2)
+        ax.set(yscale="log", xlabel="tokens of context", ylabel=label)
         ax.grid(alpha=0.3)
     ax.legend()
     size = ", ".join(f"{key} {value}" for key, value in report["size"].items())

@@ -9,8 +9,7 @@ from jaxtyping import Float, Int
 
 from effjax.heads import truncate
 from effjax.models import SequenceModel
-
-_SMALLEST_BUCKET = 16
+from effjax.serving.prompts import check_prompt, pad
 
 
 class Embedder:
@@ -57,8 +56,7 @@ class Embedder:
         """
         if dimensions is not None and not 1 <= dimensions <= self.size:
             raise ValueError(f"dimensions={dimensions}; valid: 1 to {self.size}")
-        for index, text in enumerate(texts):
-            self._check(index, text)
+        texts = [self._checked(index, text) for index, text in enumerate(texts)]
         # Texts of like length share a batch, so that little is padding.
         order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
         found = np.empty((len(texts), self.size), np.float32)
@@ -67,23 +65,19 @@ class Embedder:
             found[batch] = self._embed([texts[index] for index in batch])
         return np.asarray(truncate(found, dimensions or self.size))
 
-    def _check(self, index: int, text: Int[np.ndarray, " n"]) -> None:
-        if not 1 <= len(text) <= self.max_length:
+    def _checked(self, index: int, text: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+        text = check_prompt(f"input[{index}]", text, self._vocab_size)
+        if len(text) > self.max_length:
             raise ValueError(
                 f"input[{index}] has {len(text)} tokens; valid: 1 to {self.max_length}"
             )
-        if text.min() < 0 or text.max() >= self._vocab_size:
-            raise ValueError(
-                f"input[{index}] has ids that are not within 0 to {self._vocab_size - 1}"
-            )
+        return text
 
     def _embed(self, texts):
-        # Powers of two, so that there are few programs.
-        width = max(_SMALLEST_BUCKET, 1 << (max(map(len, texts)) - 1).bit_length())
+        # Powers of two in both axes, so that there are few programs.
         num_rows = 1 << (len(texts) - 1).bit_length()
-        tokens = np.zeros((num_rows, min(width, self.max_length)), np.int32)
-        segment_ids = np.zeros_like(tokens)
-        for row, text in enumerate(texts):
-            tokens[row, : len(text)] = text
-            segment_ids[row, : len(text)] = 1
+        tokens, lengths = pad(texts, self.max_length)
+        tokens = np.pad(tokens, ((0, num_rows - len(texts)), (0, 0)))
+        lengths = np.pad(lengths, (0, num_rows - len(texts)))
+        segment_ids = (np.arange(tokens.shape[1]) < lengths[:, None]).astype(np.int32)
         return np.asarray(self._apply(self._variables, tokens, segment_ids))[: len(texts)]

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from effjax.models import SequenceModel
+from effjax.serving.prompts import check_prompt
 from effjax.serving.sampling import PLAIN, Sampling
 from effjax.serving.slots import Slots
 
@@ -155,11 +156,7 @@ class Engine:
 
     def check(self, request: Request) -> None:
         """Raises ValueError for a request that could not be served."""
-        prompt = request.prompt
-        if not len(prompt):
-            raise ValueError("the prompt has no tokens; valid: at least one")
-        if prompt.min() < 0 or prompt.max() >= self.vocab_size:
-            raise ValueError(f"the prompt has ids that are not within 0 to {self.vocab_size - 1}")
+        prompt = check_prompt("prompt", request.prompt, self.vocab_size)
         if len(prompt) >= self.max_length:
             raise ValueError(
                 f"the prompt has {len(prompt)} tokens; valid: fewer than {self.max_length}"

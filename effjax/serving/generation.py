@@ -13,10 +13,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from effjax.models import SequenceModel
 from effjax.serving import decoding
 from effjax.serving.decoding import Rows
+from effjax.serving.prompts import bucket, check_ids, check_prompt, pad
 from effjax.serving.sampling import PLAIN, Sampling, Settings
-
-# Prompts, caches, results and stop tokens are padded to the next power of two, so that there are few programs.
-_SMALLEST_BUCKET = 16
 
 # In place of a token where a row has none.
 NO_TOKEN = -1
@@ -91,7 +89,7 @@ def generate(
     job = _Job.of(model, prompts, max_new_tokens, sampling, stop_tokens, key)
     rows = job.begin(variables)
     tokens, logprobs, rows = job.programs.complete(
-        variables, rows, job.settings, job.stop_tokens, max_new_tokens, size=_bucket(max_new_tokens)
+        variables, rows, job.settings, job.stop_tokens, max_new_tokens, size=bucket(max_new_tokens)
     )
     tokens, logprobs, lengths, stopped = jax.device_get(
         (tokens, logprobs, rows.count, rows.stopped)
@@ -145,12 +143,15 @@ class _Job:
 
     @classmethod
     def of(cls, model, prompts, max_new_tokens, sampling, stop_tokens, key) -> "_Job":
-        prompts = [_check_prompt(i, p, model.vocab_size) for i, p in enumerate(prompts)]
+        prompts = [
+            check_prompt(f"prompts[{i}]", prompt, model.vocab_size)
+            for i, prompt in enumerate(prompts)
+        ]
         if not prompts:
             raise ValueError("prompts is empty; valid: at least one prompt")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}; valid: at least 1")
-        lengths = np.array([len(p) for p in prompts], np.int32)
+        padded, lengths = pad(prompts, model.max_seq_len)
         needed = int(lengths.max()) + max_new_tokens
         if needed > model.max_seq_len:
             raise ValueError(
@@ -158,11 +159,7 @@ class _Job:
                 f"valid: at most max_seq_len={model.max_seq_len} together"
             )
         stops = np.array(sorted(stop_tokens), np.int64)
-        stops = _check_ids("stop_tokens", stops, model.vocab_size)
-        width = min(_bucket(int(lengths.max())), model.max_seq_len)
-        padded = np.zeros((len(prompts), width), np.int32)
-        for row, prompt in zip(padded, prompts, strict=True):
-            row[: len(prompt)] = prompt
+        stops = check_ids("stop_tokens", stops, model.vocab_size)
         return cls(
             programs=_programs(model),
             prompts=padded,
@@ -170,9 +167,9 @@ class _Job:
             keys=_keys_of_rows(key, len(prompts)),
             settings=sampling.settings(),
             stop_tokens=np.pad(
-                stops, (0, _bucket(len(stops)) - len(stops)), constant_values=NO_TOKEN
+                stops, (0, bucket(len(stops)) - len(stops)), constant_values=NO_TOKEN
             ),
-            max_length=min(_bucket(needed), model.max_seq_len),
+            max_length=min(bucket(needed), model.max_seq_len),
         )
 
     def begin(self, variables: Any) -> Rows:
@@ -242,24 +239,3 @@ def _keys_of_rows(key: Key[Array, "..."] | None, num_rows: int) -> Key[Array, " 
     if key.shape:
         return jnp.copy(key)  # the caches that it goes with are given away to be written in place
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_rows))
-
-
-def _check_prompt(index: int, prompt: Any, vocab_size: int) -> Int[np.ndarray, " n"]:
-    prompt = np.asarray(prompt)
-    if prompt.ndim != 1 or not prompt.size or not np.issubdtype(prompt.dtype, np.integer):
-        raise ValueError(
-            f"prompts[{index}] is {prompt.dtype}{list(prompt.shape)}; valid: one or more token ids, int [n]"
-        )
-    return _check_ids(f"prompts[{index}]", prompt, vocab_size)
-
-
-def _check_ids(field: str, ids: Int[np.ndarray, " n"], vocab_size: int) -> Int[np.ndarray, " n"]:
-    wrong = ids[(ids < 0) | (ids >= vocab_size)]
-    if wrong.size:
-        raise ValueError(f"{field} has the id {wrong[0]}; valid: 0 to {vocab_size - 1}")
-    return ids.astype(np.int32)
-
-
-def _bucket(length: int) -> int:
-    """The next power of two."""
-    return max(_SMALLEST_BUCKET, 1 << (length - 1).bit_length())

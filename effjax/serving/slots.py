@@ -16,12 +16,11 @@ from jaxtyping import Array, Int
 from effjax.models import SequenceModel
 from effjax.serving import decoding
 from effjax.serving.decoding import Rows
+from effjax.serving.prompts import pad
 from effjax.serving.sampling import Sampling, Settings
 
 # A value of each setting that changes nothing, for rows that do not use what another row of the batch uses.
 _NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-
-_SMALLEST_BUCKET = 16
 
 # Settings that a step is compiled for: filters sort the vocabulary, which most batches can do without.
 _PROGRAMS = ((), ("temperature",), ("min_p", "repetition_penalty", "temperature", "top_k", "top_p"))
@@ -57,9 +56,8 @@ class Slots:
 
     def empty(self) -> Rows:
         """Slots without a text."""
-        return jax.jit(
-            self._empty
-        )()  # compiled: no two arrays are one buffer, so each can be given away
+        # Compiled: no two arrays are one buffer, so that each can be given away.
+        return jax.jit(self._empty)()
 
     def _empty(self) -> Rows:
         num, vocab_size = self.num_slots, self.model.vocab_size
@@ -77,10 +75,7 @@ class Slots:
         self, variables: Any, prompt: Int[np.ndarray, " n"], sampling: Sampling, key: Array
     ) -> Rows:
         """One row: a text with its first token. Prompts are padded, so that there are few programs."""
-        width = max(_SMALLEST_BUCKET, 1 << (len(prompt) - 1).bit_length())
-        padded = np.zeros((1, min(width, self.max_length)), np.int32)
-        padded[0, : len(prompt)] = prompt
-        lengths = np.array([len(prompt)], np.int32)
+        padded, lengths = pad([prompt], self.max_length)
         settings = self.settings([sampling], _PROGRAMS[-1])
         return self._read(variables, padded, lengths, key[None], settings)
 

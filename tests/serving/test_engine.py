@@ -134,8 +134,8 @@ def test_a_failing_step_is_told_and_the_engine_goes_on(engine, variables, rng, m
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"prompt": np.zeros(0, int)}, "the prompt has no tokens"),
-        ({"prompt": np.array([3, VOCAB])}, f"ids that are not within 0 to {VOCAB - 1}"),
+        ({"prompt": np.zeros(0, int)}, "prompt is int64\\[0\\]; valid: one or more token ids"),
+        ({"prompt": np.array([3, VOCAB])}, f"prompt has the id {VOCAB}; valid: 0 to {VOCAB - 1}"),
         ({"prompt": np.zeros(40, int)}, "the prompt has 40 tokens; valid: fewer than 40"),
         (
             {"prompt": np.zeros(30, int)},

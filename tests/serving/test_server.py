@@ -171,7 +171,7 @@ def post(url, path="/v1/completions", key=KEY, **body):
         ({"prompt": "x", "best_of": 2}, 400, "best_of", "not a field that is honoured here"),
         ({"prompt": "x", "model": "gpt"}, 404, "model", "'gpt' is not here; valid: 'tiny'"),
         ({"prompt": "x" * 200}, 400, None, "the prompt has 201 tokens; valid: fewer than 96"),
-        ({"prompt": [300]}, 400, None, "ids that are not within 0 to 259"),
+        ({"prompt": [300]}, 400, None, "prompt has the id 300; valid: 0 to 259"),
         ({"prompt": "x" * 20_000}, 413, None, "the body is larger than 10000 bytes"),
     ],
 )
