@@ -146,6 +146,7 @@ def test_a_run_that_was_interrupted_goes_on(tmp_path):
     assert "v0 selective_scan [1, 512, 256], state 16 tpu: channels 128: 256 s" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not topology.is_available(), reason="NOT PROVEN FOR TPU: no libtpu")
 def test_a_run_with_the_compiler(tmp_path, monkeypatch):
     folder = tmp_path / "selective_scan"

@@ -119,10 +119,14 @@ def test_padding_changes_nothing(train, rng):
 @pytest.mark.parametrize(
     "routing",
     [
-        {"activation": "identity", "temperature": 2.0},
-        {"selection": "aux_router", "router": "mlp", "activation": "tanh", "z_weight": 0.1},
+        pytest.param(
+            {"activation": "identity", "temperature": 2.0}, id="aux_loss", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"selection": "aux_router", "router": "mlp", "activation": "tanh", "z_weight": 0.1},
+            id="aux_router",
+        ),
     ],
-    ids=["aux_loss", "aux_router"],
 )
 def test_every_parameter_learns(routing, rng):
     inputs = packed(rng)

@@ -33,7 +33,7 @@ def loss_fn(model, tokens):
 @pytest.mark.parametrize(
     ("name", "dispatch"),
     [
-        ("adamoe", "dropless"),
+        ("adamoe", "dropless"),  # with capacity: tests/test_composition.py
         pytest.param("adamoe", "capacity", marks=pytest.mark.slow),
         pytest.param("switch", "dropless", marks=pytest.mark.slow),
         pytest.param("switch", "capacity", marks=pytest.mark.slow),

@@ -147,6 +147,7 @@ def test_every_parameter_gets_a_finite_gradient(model, pairs):
         assert jnp.isfinite(gradient).all() and gradient.any(), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 def test_nested_training_makes_short_prefixes_useful(rng):
     """On a toy cipher, four coordinates find the document far better after nested than after plain training."""
     model = models.create("matryoshka", num_layers=1, d_model=32)

@@ -96,6 +96,7 @@ def test_no_race_in_the_forward_with_more_tiles_than_a_ring_holds(rng, race_dete
     assert_close_to_xla(function("gpu_checked")(*arrays), function("xla"), arrays)
 
 
+@pytest.mark.slow
 def test_no_race_in_the_backward_with_more_tiles_than_a_ring_holds(rng, race_detector):
     arrays = random_arrays(rng, 1, 140, 140, 1, 1)
     got = jax.jit(with_gradients({}, "gpu_checked"))(*arrays)

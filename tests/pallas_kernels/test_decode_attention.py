@@ -246,7 +246,9 @@ def test_under_vmap(rng, implementation):
     assert_close([got.reshape(4, *got.shape[2:])], [jax.jit(function)(*arrays)])
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu_interpret"])
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("tpu_interpret", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("is_paged", [False, True])
 def test_under_shard_map(rng, is_paged, implementation):
     if jax.device_count() < 8:

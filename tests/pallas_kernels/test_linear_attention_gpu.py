@@ -146,6 +146,7 @@ def race_detector(monkeypatch):
     detect_races(monkeypatch, IMPLEMENTATIONS, gpu.linear_attention)
 
 
+@pytest.mark.slow
 def test_no_race_in_the_forward(rng, race_detector):
     arrays = random_arrays(rng, 200, dim=15)
     options = {"chunk_size": 128, "segment_ids": random_segments(rng, 1, 200)}

@@ -102,7 +102,8 @@ def assert_like_xla(function, implementation, inputs, segment_ids=None, toleranc
         assert relative_error(x.astype(jnp.float32), y.astype(jnp.float32)) < tolerance
 
 
-@pytest.mark.parametrize("function", [pytest.param(outputs, marks=pytest.mark.slow), gradients])
+@pytest.mark.slow
+@pytest.mark.parametrize("function", [outputs, gradients])
 def test_no_race_with_more_chunks_than_a_ring_holds(rng, short_chunks, race_detector, function):
     inputs = in_float32(random_inputs(rng, 1, 29, 70, 9))
     chunk = gpu_chunks.chunk_size(inputs["u"], inputs["delta"], inputs["z"], 16)

@@ -62,6 +62,7 @@ def test_kernels_with_every_gradient_equal_float64(rng, case, dtype):
     assert_close(make_function, inputs, cotangents, dtype, "tpu_interpret")
 
 
+@pytest.mark.slow
 def test_several_chunks_without_races(rng):
     """The interpreter that knows of transfers: it raises at a race."""
     inputs = in_float32(random_inputs(rng, 1, 200, 5, 4))

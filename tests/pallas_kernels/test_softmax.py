@@ -272,7 +272,9 @@ def eight_devices(axis_types=(AxisType.Auto,) * 2):
     return jax.make_mesh((4, 2), ("data", "tensor"), axis_types=axis_types)
 
 
-@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("tpu_interpret", marks=pytest.mark.slow)]
+)
 def test_under_shard_map_with_labels_shared_by_all_devices(rng, small_blocks, implementation):
     x, labels = arrays_of(rng, rows=64)
     labels = labels[:8]
@@ -340,6 +342,7 @@ def test_compiles_for_tpu(chip, shape, dtype):
         assert compiled.memory_analysis().temp_size_in_bytes < 4 * np.prod(shape) / 8
 
 
+@pytest.mark.slow
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
 def test_compiles_inside_a_sharded_step(chip):

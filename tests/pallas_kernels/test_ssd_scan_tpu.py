@@ -49,6 +49,7 @@ CASES = {
 }
 # In float32 these are for `-m slow`.
 LONG_CASES = (
+    "wide packs, segments",
     "narrow heads",
     "chunks",
     "steps of heads, segments, everything",
@@ -90,6 +91,7 @@ def test_kernels_with_every_gradient_equal_float64(rng, monkeypatch, case, dtype
     assert_close(make_function, inputs, cotangents, dtype, "tpu_interpret")
 
 
+@pytest.mark.slow
 def test_several_steps_of_the_grid_without_races(rng, monkeypatch):
     """The interpreter that knows of transfers: it raises at a race, and takes parallel axes in random order."""
     monkeypatch.setattr(tpu_blocks, "MAX_CHANNELS", 128)
@@ -202,7 +204,8 @@ def kernels_in(compiled) -> int:
     [
         ((2, 4096, 24, 64, 1, 128), "bfloat16", False),  # Mamba-2 130M
         pytest.param((2, 4096, 24, 64, 1, 128), "float32", True, marks=pytest.mark.slow),
-        ((1, 2000, 80, 64, 8, 64), "bfloat16", True),  # the width of Mamba-2 2.7B, odd elsewhere
+        # The width of Mamba-2 2.7B, odd elsewhere.
+        pytest.param((1, 2000, 80, 64, 8, 64), "bfloat16", True, marks=pytest.mark.slow),
         ((2, 50, 3, 5, 1, 6), "bfloat16", False),
     ],
 )

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_composition import LAYERS, LENGTH, VOCAB, composes, parts
+from test_composition import LENGTH, VOCAB, composes, parts
 from tiny_models import random_variables
 
 from effjax import models
@@ -31,7 +31,7 @@ RING = SlidingWindow(num_heads=2, window=3)
 TIED, GATED = Tied(), Gated(hidden_dim=8)
 
 
-def make_model(mixers, ffn, depth, head=TIED, num_layers=LAYERS, scan_layers=False):
+def make_model(mixers, ffn, depth, head=TIED, num_layers=2, scan_layers=False):
     model = SequenceModel(
         vocab_size=VOCAB,
         d_model=16,
@@ -71,7 +71,7 @@ def every_pair():
     """Every depth policy with every mixer and every feed-forward."""
     mixers, ffns, depths = (list(parts(kind)) for kind in ("mixer", "ffn", "depth"))
     for d, (depth, policy) in enumerate(depths):
-        fitting = [m for m in mixers if composes(m[1], None, policy, None)]
+        fitting = [m for m in mixers if composes((m[1],), None, policy, None)]
         for i in range(max(len(fitting), len(ffns))):
             mixer, mixes = fitting[i % len(fitting)]
             ffn, feeds = ffns[(d + i) % len(ffns)]

@@ -15,19 +15,20 @@ from effjax.training.step import make_train_step
 # Routers choose by comparing scores, so a rounding error can move a token that is almost a tie to another expert or
 # depth. The rows are long enough that one token among theirs stays within the tolerance.
 STEPS, ROWS, LENGTH, VOCAB = 20, 8, 64, 32
-SMALL = {"d_model": 16, "num_layers": 2, "vocab_size": VOCAB, "max_seq_len": LENGTH}
+SMALL = {"d_model": 16, "num_layers": 1, "vocab_size": VOCAB, "max_seq_len": LENGTH}
+RECURSION = {"num_layers": 2, "depth.num_recursions": 2, "depth.sharing": "cycle"}
 HEADLINERS = {
     "transformer": {},
-    "recursive": {"depth.num_recursions": 2, "depth.sharing": "cycle"},
-    "mor": {"depth.num_recursions": 2, "depth.sharing": "cycle"},
+    "recursive": RECURSION,
+    "mor": RECURSION,
     "switch": {},
     "adamoe": {},
     "based": {"num_layers": 3},
     "matryoshka": {},
 }
 STATE_SPACE = {
-    "mamba": {"num_layers": 1, "mixers": ({"name": "mamba", "state_dim": 4},)},
-    "mamba2": {"num_layers": 1, "mixers": ({"name": "mamba2", "head_dim": 8, "state_dim": 4},)},
+    "mamba": {"mixers": ({"name": "mamba", "state_dim": 4},)},
+    "mamba2": {"mixers": ({"name": "mamba2", "head_dim": 8, "state_dim": 4},)},
 }
 FIELDS = HEADLINERS | STATE_SPACE
 

@@ -43,7 +43,7 @@ def assert_same_end(run, whole):
 
 
 # Checkpoints are at 4 and 8: nothing is saved yet, one is, and two are; log lines are at 3, 6 and 9.
-@pytest.mark.parametrize("crash_at", [2, 6, 11])
+@pytest.mark.parametrize("crash_at", [2, pytest.param(6, marks=pytest.mark.slow), 11])
 def test_a_crashed_run_ends_as_if_nothing_had_been(tmp_path, config, whole, crash_at):
     with pytest.raises(Crash):
         train(config, tmp_path, quiet(CrashingScreen, config, crash_at))

@@ -65,7 +65,7 @@ def test_losses_agree_with_one_device(name, mesh, seed):
     np.testing.assert_allclose(losses(small(name), name, MESHES[mesh], seed), expected, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["mor", "adamoe"])
+@pytest.mark.parametrize("name", ["mor", pytest.param("adamoe", marks=pytest.mark.slow)])
 def test_the_first_state_is_that_of_one_device(name, seed):
     expected = first_state(name, seed)
     mesh = sharding.make_mesh(MESHES["all"])

@@ -58,7 +58,7 @@ def test_cross_entropy_is_that_of_the_unmasked_targets(seed):
     np.testing.assert_allclose(with_z - loss, 0.1 * (log_z[mask] ** 2).mean(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_accumulation_is_the_update_of_the_whole_batch(count, seed):
     """Even though the micro-batches have different numbers of targets."""
     optimizer = optax.sgd(0.5)
