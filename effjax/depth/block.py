@@ -91,5 +91,5 @@ class Block(nn.Module):
 
     def _mixer_flops(self, x, state):
         if getattr(state, "frozen", False):
-            return self.mixer.flops_per_token(x.shape[-1], state.k.shape[1], reads_only=True)
+            return self.mixer.flops_per_token(x.shape[-1], state.num_slots, reads_only=True)
         return self.mixer.flops_per_token(x.shape[-1], x.shape[1])

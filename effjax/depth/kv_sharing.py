@@ -11,7 +11,7 @@ import flax.struct
 import jax
 from jaxtyping import Array, Int
 
-from effjax.mixers import KVState
+from effjax.mixers import KVState, PagedKVState, TentativeState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,15 +62,14 @@ class Shared:
             return None
         (first,) = self.states
         # One token sees exactly what is in the cache after it.
-        return first if num_tokens == 1 else _each(_Lending, first)
+        return first if num_tokens == 1 else _each(_lend, first)
 
     def after(self, r: int, new: tuple) -> "Shared":
         if r:
             return self
-        read = _each(lambda s: (s.seen if isinstance(s, _Lending) else s).freeze(), new)
         if self.states is None:
-            return Shared(None, read)
-        return Shared((_each(lambda s: s.cache if isinstance(s, _Lending) else s, new),), read)
+            return Shared(None, _each(lambda s: s.freeze(), new))
+        return Shared((_each(_kept, new),), _each(_seen, new))
 
 
 KV_SHARINGS = {"recursion_wise": RecursionWise, "shared": Shared}
@@ -90,7 +89,7 @@ class _Lending:
 
     frozen = False
 
-    cache: KVState
+    cache: KVState | PagedKVState
     seen: KVState | None = None
 
     @property
@@ -107,7 +106,27 @@ class _Lending:
         return self.cache.concatenate(new)
 
 
+def _lend(state: Any) -> Any:
+    if isinstance(state, TentativeState):
+        return state.replace(before=_lend(state.before))
+    return _Lending(state)
+
+
+def _seen(state: Any) -> KVState | PagedKVState:
+    """What the tokens of a call saw in the first recursion, for the later ones to read."""
+    if isinstance(state, TentativeState):
+        return _seen(state.after)
+    return state.seen.freeze() if isinstance(state, _Lending) else state.freeze(newest=True)
+
+
+def _kept(state: Any) -> Any:
+    """The state after a call, of the type that it had before."""
+    if isinstance(state, TentativeState):
+        return state.replace(before=_kept(state.before), after=None)
+    return state.cache if isinstance(state, _Lending) else state
+
+
 def _each(function: Any, states: tuple) -> tuple:
     """The function of every cache in the states of stacks."""
-    is_cache = lambda leaf: isinstance(leaf, KVState | _Lending)  # noqa: E731
-    return jax.tree.map(function, states, is_leaf=is_cache)
+    caches = KVState | PagedKVState | TentativeState | _Lending
+    return jax.tree.map(function, states, is_leaf=lambda leaf: isinstance(leaf, caches))

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 import pallas_kernels
 from effjax.mixers.kv_state import KVState
+from effjax.mixers.paged_kv import PagedKVState
 from effjax.nn import Linear, RMSNorm, on_shards, rotary
 from effjax.nn.rotary import Scaling
 from effjax.registry import register, unknown
@@ -130,13 +131,18 @@ class Attention(nn.Module):
         *,
         positions: Int[Array, "B T"],
         segment_ids: Int[Array, "B T"],
-        state: KVState | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVState]:
+        state: KVState | PagedKVState | None = None,
+    ) -> tuple[Float[Array, "B T D"], KVState | PagedKVState]:
         d_model = x.shape[-1]
         kv_heads, head_dim = self.dims(d_model)
         q = self._heads("query", self.num_heads, head_dim, x, positions)
         if state is not None and state.frozen:
-            y, new_state = self._attend(q, positions, segment_ids, state), state
+            y = (
+                self._decode(q, segment_ids, state)
+                if state.newest
+                else self._attend(q, positions, segment_ids, state)
+            )
+            new_state = state
         else:
             fresh = KVState(
                 k=self._heads("key", kv_heads, head_dim, x, positions),
@@ -202,21 +208,23 @@ class Attention(nn.Module):
     def _decode(self, q, segment_ids, kv):
         """One token, which is the last of its row's slots; all of them are of its segment, and in its window."""
 
-        def decode(q, k, v, lengths):
+        def decode(q, k, v, lengths, page_table):
             return pallas_kernels.decode_attention(
                 q,
                 k,
                 v,
                 lengths,
+                page_table=page_table,
                 scale=self.logits_scale,
                 logits_soft_cap=self.logits_soft_cap,
                 implementation=self.implementation,
             )
 
-        lengths = jnp.where(segment_ids[:, 0] > 0, jnp.minimum(kv.length, kv.k.shape[1]), 0)
+        lengths = jnp.where(segment_ids[:, 0] > 0, jnp.minimum(kv.length, kv.num_slots), 0)
         heads = "batch _ heads _"
-        decode = on_shards(decode, (heads, heads, heads, "batch"), heads)
-        return decode(q, kv.k.astype(q.dtype), kv.v.astype(q.dtype), lengths)
+        cache = heads if kv.page_table is None else "_ _ heads _"
+        decode = on_shards(decode, (heads, cache, cache, "batch", "batch _"), heads)
+        return decode(q, kv.k.astype(q.dtype), kv.v.astype(q.dtype), lengths, kv.page_table)
 
     def _attention(self, q, k, v, segment_ids, positions):
         def attend(q, k, v, segment_ids, positions):

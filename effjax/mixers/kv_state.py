@@ -5,6 +5,8 @@ is a cache with as many slots as the window. What is appended is of one segment 
 slots from the first, which is how `pallas_kernels.decode_attention` reads them.
 """
 
+from typing import ClassVar
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -20,7 +22,8 @@ class KVState:
       positions: [B, S] position of each slot's token within its segment.
       segment_ids: [B, S] segment of each slot's token; 0 marks an empty slot.
       length: [B] tokens of the segment written to each row; the next goes to slot `length % S`.
-      frozen: whether later tokens only read (recursive KV sharing), never write.
+      frozen: whether later queries only read (recursive KV sharing), never write.
+      newest: of a frozen state, whether each row's query is the last token that was written.
     """
 
     k: Float[Array, "B S H D"]
@@ -29,6 +32,9 @@ class KVState:
     segment_ids: Int[Array, "B S"]
     length: Int[Array, " B"]
     frozen: bool = flax.struct.field(pytree_node=False, default=False)
+    newest: bool = flax.struct.field(pytree_node=False, default=False)
+
+    page_table: ClassVar[None] = None  # each row's slots lie together
 
     @classmethod
     def empty(
@@ -38,9 +44,14 @@ class KVState:
         slots = jnp.zeros((batch_size, num_slots), jnp.int32)
         return cls(kv, kv, slots, slots, jnp.zeros((batch_size,), jnp.int32))
 
-    def freeze(self) -> "KVState":
-        """The same state, to be read only."""
-        return self.replace(frozen=True)
+    @property
+    def num_slots(self) -> int:
+        """Tokens that a row has room for."""
+        return self.k.shape[1]
+
+    def freeze(self, newest: bool = False) -> "KVState":
+        """The same state, to be read only; by each row's newest token, if so."""
+        return self.replace(frozen=True, newest=newest)
 
     def append(self, new: "KVState") -> "KVState":
         """Writes the tokens of `new` (padding left out) behind those here, over the oldest slots if full.

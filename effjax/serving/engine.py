@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 from effjax.models import SequenceModel
+from effjax.serving.pages import PAGE_SIZE
 from effjax.serving.prompts import check_prompt
 from effjax.serving.sampling import PLAIN, Sampling
 from effjax.serving.slots import Slots
@@ -59,12 +60,21 @@ class Token:
 
 @dataclasses.dataclass(eq=False)
 class Ticket:
-    """A request on its way. Its `sink` is called from the engine's thread, with tokens or with one exception."""
+    """A request on its way.
+
+    Attributes:
+      request: what was asked for.
+      sink: called from the engine's thread, with tokens or with one exception.
+      count: tokens so far.
+      cancelled: whether nobody waits for it any more.
+      pages: what it has of the memory that texts share.
+    """
 
     request: Request
     sink: Callable[[Token | Exception], None]
     count: int = 0
     cancelled: bool = False
+    pages: list[int] = dataclasses.field(default_factory=list)
 
     def cancel(self) -> None:
         """Frees what the request holds before the next step; the sink hears no more."""
@@ -87,6 +97,7 @@ class Engine:
         num_slots: int = 8,
         max_length: int | None = None,
         max_waiting: int = 64,
+        cache_tokens: int | None = None,
     ):
         """Starts the thread.
 
@@ -96,6 +107,8 @@ class Engine:
           num_slots: texts at a time.
           max_length: room of a text, prompt included; None: the model's `max_seq_len`.
           max_waiting: requests that may wait for a slot.
+          cache_tokens: room of all texts together, which they share in pages (`effjax.serving.pages`); a request waits
+            until there are pages for its prompt and its `max_new_tokens`. None: each slot has room for `max_length`.
 
         Raises:
           ValueError: for a number that is not valid, or a model that cannot generate.
@@ -106,7 +119,8 @@ class Engine:
         self.vocab_size = model.vocab_size
         self._variables = variables
         self._max_waiting = max_waiting
-        self._programs = Slots(model, num_slots, self.max_length)
+        self._programs = Slots(model, num_slots, self.max_length, cache_tokens)
+        self._pool = self._programs.pool
         self._rows = self._programs.empty()
         self._slots: list[Ticket | None] = [None] * num_slots
         self._waiting: collections.deque[Ticket] = collections.deque()
@@ -130,6 +144,11 @@ class Engine:
     def num_active(self) -> int:
         """Texts that are decoded now."""
         return sum(ticket is not None and not ticket.cancelled for ticket in self._slots)
+
+    @property
+    def free_cache_tokens(self) -> int | None:
+        """Room in the memory that texts share; None if they do not."""
+        return None if self._pool is None else self._pool.num_free * PAGE_SIZE
 
     @property
     def num_waiting(self) -> int:
@@ -163,10 +182,11 @@ class Engine:
             )
         if request.max_new_tokens < 1:
             raise ValueError(f"max_tokens={request.max_new_tokens}; valid: at least 1")
-        if len(prompt) + request.max_new_tokens > self.max_length:
+        room = self.max_length if self._pool is None else min(self.max_length, self._pool.room)
+        if len(prompt) + request.max_new_tokens > room:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens and max_tokens={request.max_new_tokens}; "
-                f"valid: at most {self.max_length} together"
+                f"valid: at most {room} together"
             )
 
     def close(self) -> None:
@@ -192,22 +212,31 @@ class Engine:
         self._fail_all(RuntimeError("the server is shutting down"), with_waiting=True)
 
     def _drop_cancelled(self) -> None:
-        self._slots = [None if ticket and ticket.cancelled else ticket for ticket in self._slots]
+        for slot, ticket in enumerate(self._slots):
+            if ticket is not None and ticket.cancelled:
+                self._vacate(slot)
         with self._wakes:
             self._waiting = collections.deque(t for t in self._waiting if not t.cancelled)
 
     def _admit(self) -> None:
         """Gives free slots to those that wait; a prompt is read when it gets its slot."""
         while self._waiting and not self._closing and None in self._slots:
-            ticket = self._waiting.popleft()
+            ticket = self._waiting[0]
+            request = ticket.request
             if ticket.cancelled:
+                self._waiting.popleft()
                 continue
+            if self._pool is not None:
+                pages = self._pool.take(len(request.prompt) + request.max_new_tokens)
+                if pages is None:
+                    return  # nobody overtakes it
+                ticket.pages = pages
+            self._waiting.popleft()
             slot = self._slots.index(None)
             self._slots[slot] = ticket  # so that it hears of a failure
-            request = ticket.request
             key = jax.random.key(request.seed)
             one = self._programs.read(self._variables, request.prompt, request.sampling, key)
-            self._rows = self._programs.put(self._rows, one, slot)
+            self._rows = self._programs.put(self._rows, one, slot, ticket.pages)
             token, logprob = jax.device_get((one.token, one.logprob))
             self._deliver(slot, token[0], logprob[0])
 
@@ -230,13 +259,20 @@ class Engine:
         elif ticket.count == ticket.request.max_new_tokens:
             finish = "length"
         if finish is not None:
-            self._slots[slot] = None
+            self._vacate(slot)
         if not ticket.cancelled:
             ticket.sink(Token(int(token), float(logprob), finish))
 
+    def _vacate(self, slot: int) -> None:
+        ticket, self._slots[slot] = self._slots[slot], None
+        if self._pool is not None:
+            self._pool.give_back(ticket.pages)
+
     def _fail_all(self, error: Exception, with_waiting: bool = False) -> None:
         failed = [ticket for ticket in self._slots if ticket is not None]
-        self._slots = [None] * len(self._slots)
+        for slot, ticket in enumerate(self._slots):
+            if ticket is not None:
+                self._vacate(slot)
         if with_waiting:
             failed += self._waiting
             self._waiting.clear()

@@ -35,6 +35,12 @@ class Metrics:
         if engine is not None:
             self._gauge("active", "Texts that are decoded.", lambda: engine.num_active)
             self._gauge("waiting", "Requests that wait for a slot.", lambda: engine.num_waiting)
+            if engine.free_cache_tokens is not None:
+                self._gauge(
+                    "free_cache_tokens",
+                    "Room in the memory that texts share.",
+                    lambda: engine.free_cache_tokens,
+                )
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         prometheus.Gauge(f"effjax_{name}", text, registry=self._registry).set_function(value)

@@ -40,6 +40,12 @@ _SLOTS = flags.DEFINE_integer("slots", 8, "Texts that are decoded at a time.", 1
 _MAX_LENGTH = flags.DEFINE_integer(
     "max_length", None, "Tokens of a text, prompt included; default: what the model takes.", 1
 )
+_CACHE_TOKENS = flags.DEFINE_integer(
+    "cache_tokens",
+    None,
+    "Tokens of all texts together whose keys and values are kept; default: the longest text in every slot.",
+    1,
+)
 _MAX_WAITING = flags.DEFINE_integer("max_waiting", 64, "Requests that may wait for a slot.", 1)
 _TIMEOUT = flags.DEFINE_float("timeout", 300.0, "Seconds that a request may take.", 0.001)
 
@@ -95,11 +101,10 @@ def serve(loaded: Loaded, name: str, **limits: Any) -> Service:
     Args:
       loaded: the model.
       name: of the model for clients.
-      **limits: `num_slots`, `max_length` and `max_waiting` of the engine, and fields of `Service`.
+      **limits: `num_slots`, `max_length`, `max_waiting` and `cache_tokens` of the engine, and fields of `Service`.
     """
-    of_engine = {
-        k: limits.pop(k) for k in ("num_slots", "max_length", "max_waiting") if k in limits
-    }
+    names = ("num_slots", "max_length", "max_waiting", "cache_tokens")
+    of_engine = {name: limits.pop(name) for name in names if name in limits}
     model, variables = loaded.model, loaded.variables
     engine = embedder = None
     if scores_vocabulary(model):
@@ -140,6 +145,7 @@ def main():
         num_slots=_SLOTS.value,
         max_length=_MAX_LENGTH.value,
         max_waiting=_MAX_WAITING.value,
+        cache_tokens=_CACHE_TOKENS.value,
         timeout=_TIMEOUT.value,
         api_key=key,
     )
