@@ -104,7 +104,7 @@ def begin(
         keys=keys,
         seen=seen,
     )
-    return _grow(rows, output, settings, stop_tokens)
+    return grow(rows, output, settings, stop_tokens)
 
 
 def advance(
@@ -126,11 +126,18 @@ def advance(
         segment_ids=(~rows.stopped[:, None]).astype(jnp.int32),
         state=rows.state,
     )
-    return _grow(rows, output, settings, stop_tokens)
+    return grow(rows, output, settings, stop_tokens)
 
 
-def _grow(rows: Rows, output: Any, settings: Settings, stop_tokens: Int[Array, " S"]) -> Rows:
-    """The rows with a token drawn from the logits of the one position that the head has read."""
+def grow(rows: Rows, output: Any, settings: Settings, stop_tokens: Int[Array, " S"]) -> Rows:
+    """The rows with the model's new state and a token drawn from the logits of the one position that the head has read.
+
+    Args:
+      rows: B texts; nothing happens to those that have stopped.
+      output: the model's for them, with logits [B, 1, V].
+      settings: see `Sampling.settings`.
+      stop_tokens: a row that draws one of them has stopped.
+    """
     logits = output.logits[:, 0]
     token = draw(jax.vmap(jax.random.fold_in)(rows.keys, rows.count), logits, settings, rows.seen)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]

@@ -13,11 +13,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from effjax.models import SequenceModel
 from effjax.serving import decoding
 from effjax.serving.decoding import Rows
-from effjax.serving.prompts import bucket, check_ids, check_prompt, pad
+from effjax.serving.inputs import NO_TOKEN, Inputs
+from effjax.serving.prompts import bucket
 from effjax.serving.sampling import PLAIN, Sampling, Settings
-
-# In place of a token where a row has none.
-NO_TOKEN = -1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,10 +84,15 @@ def generate(
       ValueError: for a prompt that is empty or has ids that are not in the vocabulary, for more tokens than the model's
         `max_seq_len`, or a model that cannot generate.
     """
-    job = _Job.of(model, prompts, max_new_tokens, sampling, stop_tokens, key)
-    rows = job.begin(variables)
-    tokens, logprobs, rows = job.programs.complete(
-        variables, rows, job.settings, job.stop_tokens, max_new_tokens, size=bucket(max_new_tokens)
+    inputs = Inputs.of((model,), prompts, max_new_tokens, sampling, stop_tokens, key)
+    programs = _programs(model)
+    tokens, logprobs, rows = programs.complete(
+        variables,
+        programs.begin(variables, inputs),
+        inputs.settings,
+        inputs.stop_tokens,
+        max_new_tokens,
+        size=bucket(max_new_tokens),
     )
     tokens, logprobs, lengths, stopped = jax.device_get(
         (tokens, logprobs, rows.count, rows.stopped)
@@ -111,17 +114,19 @@ def stream(
 
     It ends when every row has stopped. Arguments are checked at once, and not when the first step is asked for.
     """
-    job = _Job.of(model, prompts, max_new_tokens, sampling, stop_tokens, key)
-    return _steps(job, variables, max_new_tokens)
+    inputs = Inputs.of((model,), prompts, max_new_tokens, sampling, stop_tokens, key)
+    return _steps(_programs(model), variables, inputs, max_new_tokens)
 
 
-def _steps(job: "_Job", variables: Any, max_new_tokens: int) -> Iterator[Step]:
-    rows, before = None, np.zeros(len(job.lengths), bool)
+def _steps(
+    programs: "_Programs", variables: Any, inputs: Inputs, max_new_tokens: int
+) -> Iterator[Step]:
+    rows, before = None, np.zeros(len(inputs.lengths), bool)
     for _ in range(max_new_tokens):
         if rows is None:
-            rows = job.begin(variables)
+            rows = programs.begin(variables, inputs)
         else:
-            rows = job.programs.advance(variables, rows, job.settings, job.stop_tokens)
+            rows = programs.advance(variables, rows, inputs.settings, inputs.stop_tokens)
         token, logprob, stopped = jax.device_get((rows.token, rows.logprob, rows.stopped))
         yield Step(np.where(before, NO_TOKEN, token), np.where(before, 0, logprob), stopped)
         if stopped.all():
@@ -129,70 +134,27 @@ def _steps(job: "_Job", variables: Any, max_new_tokens: int) -> Iterator[Step]:
         before = stopped
 
 
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """What `generate` and `stream` were asked for, checked and padded."""
-
-    programs: "_Programs"
-    prompts: Int[np.ndarray, "B T"]
-    lengths: Int[np.ndarray, " B"]
-    keys: Key[Array, " B"]
-    settings: Settings
-    stop_tokens: Int[np.ndarray, " S"]
-    max_length: int
-
-    @classmethod
-    def of(cls, model, prompts, max_new_tokens, sampling, stop_tokens, key) -> "_Job":
-        prompts = [
-            check_prompt(f"prompts[{i}]", prompt, model.vocab_size)
-            for i, prompt in enumerate(prompts)
-        ]
-        if not prompts:
-            raise ValueError("prompts is empty; valid: at least one prompt")
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens={max_new_tokens}; valid: at least 1")
-        padded, lengths = pad(prompts, model.max_seq_len)
-        needed = int(lengths.max()) + max_new_tokens
-        if needed > model.max_seq_len:
-            raise ValueError(
-                f"a prompt of {lengths.max()} tokens and max_new_tokens={max_new_tokens}; "
-                f"valid: at most max_seq_len={model.max_seq_len} together"
-            )
-        stops = np.array(sorted(stop_tokens), np.int64)
-        stops = check_ids("stop_tokens", stops, model.vocab_size)
-        return cls(
-            programs=_programs(model),
-            prompts=padded,
-            lengths=lengths,
-            keys=_keys_of_rows(key, len(prompts)),
-            settings=sampling.settings(),
-            stop_tokens=np.pad(
-                stops, (0, bucket(len(stops)) - len(stops)), constant_values=NO_TOKEN
-            ),
-            max_length=min(bucket(needed), model.max_seq_len),
-        )
-
-    def begin(self, variables: Any) -> Rows:
-        return self.programs.begin(
-            variables,
-            self.prompts,
-            self.lengths,
-            self.keys,
-            self.settings,
-            self.stop_tokens,
-            max_length=self.max_length,
-        )
-
-
 class _Programs:
     """The compiled functions of a model; each compiles anew for shapes that it has not seen."""
 
     def __init__(self, model: SequenceModel):
         bind = lambda function: functools.partial(function, model)  # noqa: E731
-        self.begin = jax.jit(bind(decoding.begin), static_argnames="max_length")
+        self._begin = jax.jit(bind(decoding.begin), static_argnames="max_length")
         # The caches are written in place.
         self.advance = jax.jit(bind(decoding.advance), donate_argnums=1)
         self.complete = jax.jit(bind(_complete), static_argnames="size", donate_argnums=1)
+
+    def begin(self, variables: Any, inputs: Inputs) -> Rows:
+        """Rows with their first token."""
+        return self._begin(
+            variables,
+            inputs.prompts,
+            inputs.lengths,
+            inputs.keys,
+            inputs.settings,
+            inputs.stop_tokens,
+            max_length=inputs.max_length,
+        )
 
 
 @functools.lru_cache(maxsize=16)
@@ -228,14 +190,3 @@ def _complete(
 
     _, rows, tokens, logprobs = jax.lax.while_loop(unfinished, body, (1, rows, tokens, logprobs))
     return tokens, logprobs, rows
-
-
-def _keys_of_rows(key: Key[Array, "..."] | None, num_rows: int) -> Key[Array, " B"]:
-    key = jax.random.key(0) if key is None else key
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.shape not in ((), (num_rows,)):
-        raise ValueError(
-            f"key is {key.dtype}{list(key.shape)}; valid: a key of jax.random.key, or one for each of {num_rows} rows"
-        )
-    if key.shape:
-        return jnp.copy(key)  # the caches that it goes with are given away to be written in place
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(num_rows))
