@@ -5,6 +5,7 @@
 """
 
 from effjax.depth.block import Block
+from effjax.depth.depthwise import Depthwise, Journey
 from effjax.depth.expert_choice import ExpertChoice
 from effjax.depth.mixture_of_recursions import MixtureOfRecursions
 from effjax.depth.plain import Plain
@@ -14,7 +15,9 @@ from effjax.depth.token_choice import TokenChoice
 
 __all__ = [
     "Block",
+    "Depthwise",
     "ExpertChoice",
+    "Journey",
     "MixtureOfRecursions",
     "Plain",
     "Recursive",

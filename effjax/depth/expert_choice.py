@@ -151,6 +151,49 @@ class ExpertChoice(nn.Module):
             summary["depth/selection_agreement"] = token_mean(agreed, real)
         return x, caches, scalars.combine([*reports, summary])
 
+    @nn.compact
+    def begin(self, x: Float[Array, "B 1 D"], *, num_recursions: int):
+        """Decides on the first recursion of one token a row, as at evaluation (`Depthwise`).
+
+        Returns:
+          (whether it takes it [B, 1], its gate [B, 1]).
+        """
+        self._check()
+        return self._decide(0, x, self.capacities_now(num_recursions))
+
+    @nn.compact
+    def after(
+        self,
+        r: Int[Array, "B 1"],
+        x: Float[Array, "B 1 D"],
+        y: Float[Array, "B 1 D"],
+        gate: Float[Array, "B 1"],
+        *,
+        num_recursions: int,
+    ):
+        """What becomes of one token a row by recursion r of its own, which made y of it (`Depthwise`).
+
+        Returns:
+          (x [B, 1, D], whether it takes the next recursion [B, 1], the gate of that [B, 1]).
+        """
+        x = x + y * gate[..., None].astype(y.dtype)
+        goes_on, next_gate = jnp.zeros(r.shape, bool), gate
+        capacities = self.capacities_now(num_recursions)
+        for upcoming in range(1, num_recursions):
+            here = r + 1 == upcoming
+            goes, gate = self._decide(upcoming, x, capacities)
+            goes_on, next_gate = goes_on | (here & goes), jnp.where(here, gate, next_gate)
+        return x, goes_on, next_gate
+
+    def _decide(self, r, x, capacities):
+        """Whether a token that passed the recursion before takes recursion r, and with which gate."""
+        logits, decision, _ = self._scores(r, x)
+        takes_all = capacities[r] == (1.0, *capacities)[r]
+        gate = jnp.ones(logits.shape)
+        if self.gating == "weighted":
+            gate = self.alpha * ACTIVATIONS[self.activation](logits)
+        return jnp.ones(logits.shape, bool) if takes_all else decision > 0, gate
+
     def _check(self):
         for field, valid in (
             ("activation", ACTIVATIONS),
@@ -160,8 +203,8 @@ class ExpertChoice(nn.Module):
             if getattr(self, field) not in valid:
                 raise ValueError(unknown(field, getattr(self, field), valid))
 
-    def _score(self, r, x, active):
-        """Router scores [B, T], those that decide at evaluation, and what they report."""
+    def _scores(self, r, x):
+        """Router scores [B, T], those that decide at evaluation, and FLOPs per token."""
         # Scoring a whole row costs less than gathering the hidden states of its active tokens.
         router = Router(1, self.router, self.temperature, name=f"router_{r}")
         logits = decision = router(x)[..., 0]
@@ -170,6 +213,11 @@ class ExpertChoice(nn.Module):
             auxiliary = Router(1, self.router, self.temperature, name=f"aux_router_{r}")
             decision = auxiliary(jax.lax.stop_gradient(x))[..., 0]
             flops *= 2
+        return logits, decision, flops
+
+    def _score(self, r, x, active):
+        """Router scores [B, T], those that decide at evaluation, and what they report."""
+        logits, decision, flops = self._scores(r, x)
         entropy = optax.sigmoid_binary_cross_entropy(decision, nn.sigmoid(decision))
         report = scalars.flops(flops, 0.0)
         report["depth/router_entropy"] = token_mean(entropy, active)

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from effjax.depth.depthwise import Depthwise
 from effjax.depth.expert_choice import ExpertChoice
 from effjax.depth.kv_sharing import KV_SHARINGS
 from effjax.depth.sharing import Layout, RecursiveState, run
@@ -16,7 +17,7 @@ from effjax.registry import describe, register, unknown
 
 
 @register("depth", "mixture_of_recursions")
-class MixtureOfRecursions(nn.Module):
+class MixtureOfRecursions(Depthwise):
     """Shared blocks applied up to N times to a token, as often as a router says (Bae et al., 2025, arXiv 2507.10524).
 
     The tokens of a recursion are gathered into a shorter row, so its blocks, attention and feed-forward alike,
@@ -41,7 +42,7 @@ class MixtureOfRecursions(nn.Module):
 
     Attributes:
       num_recursions: N, the most that a token can get.
-      sharing: which layers share parameters, one of `sharing.STRATEGIES`.
+      sharing: which layers share parameters, one of `sharing.STRATEGIES` or `sharing.UNTIED`.
       routing: `ExpertChoice` or `TokenChoice`.
       kv_sharing: "recursion_wise" or "shared".
     """
@@ -67,9 +68,16 @@ class MixtureOfRecursions(nn.Module):
         Raises:
           ValueError: as a call does.
         """
-        layout = self._layout(stack)
-        num_states = KV_SHARINGS[self.kv_sharing].num_states(self.num_recursions)
-        return layout.init_state(stack, num_states, batch_size, max_length, d_model, dtype)
+        size = (batch_size, max_length, d_model, dtype)
+        return self.layout(stack).init_state(stack, self.num_states(), *size)
+
+    def num_states(self) -> int:
+        """As `kv_sharing` says."""
+        return KV_SHARINGS[self.kv_sharing].num_states(self.num_recursions)
+
+    def itinerary(self) -> nn.Module:
+        """The routing."""
+        return self.routing
 
     @nn.compact
     def __call__(
@@ -88,7 +96,7 @@ class MixtureOfRecursions(nn.Module):
           ValueError: for layers that do not divide into the recursions, or for `kv_sharing="shared"` with
             blocks that cannot share their state.
         """
-        first, recursions, last = self._layout(stack).bind(stack, self)
+        first, recursions, last = self.layout(stack).bind(stack, self)
         given = RecursiveState(None, None, None) if state is None else state
         everywhere = {"positions": positions, "segment_ids": segment_ids, "train": train}
         x, first_state, first_aux = run(first, x, states=given.first, **everywhere)
@@ -126,7 +134,8 @@ class MixtureOfRecursions(nn.Module):
         aux |= {k: subset.spread(v) for k, v in aux.items() if k.startswith("token/")}
         return y, caches.after(r, states), aux
 
-    def _layout(self, stack: Stack) -> Layout:
+    def layout(self, stack: Stack) -> Layout:
+        """Raises ValueError as a call does."""
         if self.kv_sharing not in KV_SHARINGS:
             raise ValueError(unknown("kv_sharing", self.kv_sharing, KV_SHARINGS))
         layout = Layout.of(self.sharing, len(stack), self.num_recursions)

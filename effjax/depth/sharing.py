@@ -5,6 +5,10 @@ layers and 3 recursions, with A and B the unique blocks and F and L the unique f
 
     cycle              A B A B A B        middle_cycle       F A B A B A B L
     sequence           A A A B B B        middle_sequence    F A A A B B B L
+
+and the two without any sharing, which leave of a Mixture-of-Recursions its routing over depth:
+
+    untied             A B C D E G        middle_untied      F A B C D E G L
 """
 
 import dataclasses
@@ -21,6 +25,7 @@ from effjax.nn import scalars
 from effjax.registry import unknown
 
 STRATEGIES = ("cycle", "sequence", "middle_cycle", "middle_sequence")
+UNTIED = ("untied", "middle_untied")
 
 
 @flax.struct.dataclass
@@ -53,7 +58,8 @@ class Layout:
     """How the layers of a stack become a recursive Transformer.
 
     Layers that are always applied together form one shared stack: a cycle has one of all its unique blocks, a
-    sequence has one for each block. A unique block is built like the first layer that it stands for.
+    sequence has one for each block, and without sharing there is one for each recursion. A unique block is built like
+    the first layer that it stands for.
 
     Attributes:
       first: layers with parameters of their own that every token passes before the recursions.
@@ -77,8 +83,8 @@ class Layout:
         Raises:
           ValueError: for an unknown strategy, or layers that do not divide into the recursions.
         """
-        if strategy not in STRATEGIES:
-            raise ValueError(unknown("sharing", strategy, STRATEGIES))
+        if strategy not in STRATEGIES + UNTIED:
+            raise ValueError(unknown("sharing", strategy, STRATEGIES + UNTIED))
         if num_recursions < 1:
             raise ValueError(f"num_recursions={num_recursions}; valid: at least 1")
         ends = 1 if strategy.startswith("middle_") else 0
@@ -92,6 +98,10 @@ class Layout:
         if strategy.endswith("cycle"):
             shared = (tuple(range(ends, ends + depth)),)
             steps = ((0,),) * num_recursions
+        elif strategy in UNTIED:
+            runs = range(ends, num_layers - ends, depth)
+            shared = tuple(tuple(range(run, run + depth)) for run in runs)
+            steps = tuple((r,) for r in range(num_recursions))
         else:
             shared = tuple((ends + block * num_recursions,) for block in range(depth))
             blocks = tuple(layer // num_recursions for layer in range(depth * num_recursions))
@@ -99,10 +109,31 @@ class Layout:
         return cls((0,) * ends, shared, steps, (num_layers - 1,) * ends)
 
     @property
+    def stacks(self) -> dict[str, tuple[int, ...]]:
+        """The stacks that have parameters, by the names of these, and the layers of each."""
+        count = len(self.shared)
+        names = ["shared"] if count == 1 else [f"shared_{i}" for i in range(count)]
+        named = {"first": self.first, **dict(zip(names, self.shared, strict=True))}
+        return {name: layers for name, layers in {**named, "last": self.last}.items() if layers}
+
+    @property
     def layers(self) -> tuple[int, ...]:
         """The layer whose parameters each of the effective layers uses, in order."""
         recursions = (self.shared[i] for step in self.steps for i in step)
         return self.first + tuple(layer for layers in recursions for layer in layers) + self.last
+
+    @property
+    def ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Layers before and after the recursions."""
+        return self.first, self.last
+
+    @property
+    def alike(self) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """The recursions that apply the same shared stacks, which is a run of them, by those stacks."""
+        return {
+            step: tuple(r for r, other in enumerate(self.steps) if other == step)
+            for step in dict.fromkeys(self.steps)
+        }
 
     def init_state(self, stack: Stack, num_recursions: int, *size: Any) -> RecursiveState:
         """Empty decode states of the layers around, and of the first so many recursions.
@@ -126,14 +157,12 @@ class Layout:
         A shared stack is one bound module wherever it occurs, so applying it again reuses its parameters.
         """
 
-        def bound(name, layers):
-            return stack.take(layers).clone(parent=parent, name=name)
-
-        count = len(self.shared)
-        names = ["shared"] if count == 1 else [f"shared_{i}" for i in range(count)]
-        shared = [bound(name, layers) for name, layers in zip(names, self.shared, strict=True)]
-        first = (bound("first", self.first),) if self.first else ()
-        last = (bound("last", self.last),) if self.last else ()
+        bound = {
+            name: stack.take(layers).clone(parent=parent, name=name)
+            for name, layers in self.stacks.items()
+        }
+        first, last = ((bound.pop(end),) if end in bound else () for end in ("first", "last"))
+        shared = tuple(bound.values())
         return first, [tuple(shared[i] for i in step) for step in self.steps], last
 
 

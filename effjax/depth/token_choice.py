@@ -78,11 +78,7 @@ class TokenChoice(nn.Module):
         gates, wanted, report = self._choose(x, num_recursions, real)
         sizes = self.sizes(num_recursions, x.shape[1]) if train else (x.shape[1],) * num_recursions
         depth = fit(jnp.where(real, wanted, 0), sizes)
-        gate = jnp.ones(real.shape)
-        if self.gating == "weighted":
-            last = jnp.maximum(depth - 1, 0)[..., None]
-            gate = jnp.take_along_axis(gates, last, axis=-1)[..., 0]
-
+        gate = self._gate(gates, depth)
         start, reports = x, [report]
         for r, size in enumerate(sizes):
             subset = Subset.of(depth > r, size)
@@ -100,6 +96,37 @@ class TokenChoice(nn.Module):
         }
         return x, caches, scalars.combine([*reports, summary])
 
+    @nn.compact
+    def begin(self, x: Float[Array, "B 1 D"], *, num_recursions: int):
+        """Decides on the depth of one token a row, as at evaluation (`Depthwise`).
+
+        Returns:
+          (whether it takes the first recursion [B, 1], which it does, (x, its depth [B, 1], its gate [B, 1])).
+        """
+        self._check()
+        is_token = jnp.ones(x.shape[:2], bool)
+        gates, depth, _ = self._choose(x, num_recursions, is_token)
+        return is_token, (x, depth, self._gate(gates, depth))
+
+    def after(
+        self,
+        r: Int[Array, "B 1"],
+        x: Float[Array, "B 1 D"],
+        y: Float[Array, "B 1 D"],
+        kept: tuple,
+        *,
+        num_recursions: int,
+    ):
+        """What becomes of one token a row by recursion r of its own, which made y of it (`Depthwise`).
+
+        Returns:
+          (x [B, 1, D], whether it takes the next recursion [B, 1], `kept` as it was).
+        """
+        start, depth, gate = kept
+        goes_on = r + 1 < depth
+        ends = start + gate[..., None].astype(y.dtype) * y
+        return jnp.where(goes_on[..., None], y, ends), goes_on, kept
+
     def sizes(self, num_recursions: int, length: int) -> tuple[int, ...]:
         """Places of each recursion in a row of `length` tokens while training; the first has one for all."""
         return tuple(
@@ -111,6 +138,13 @@ class TokenChoice(nn.Module):
             else length
             for r in range(num_recursions)
         )
+
+    def _gate(self, gates, depth):
+        """The gate [B, T] of the last recursion of each token."""
+        if self.gating == "additive":
+            return jnp.ones(depth.shape)
+        last = jnp.maximum(depth - 1, 0)[..., None]
+        return jnp.take_along_axis(gates, last, axis=-1)[..., 0]
 
     def _choose(self, x, num_recursions, real):
         """Gates of all depths [B, T, N], the depth from 1 to N that each token wants [B, T], and a report."""

@@ -1,17 +1,20 @@
 """Models as compositions: embedding -> depth policy over a stack of (mixer, feed-forward) blocks -> norm -> head."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from effjax.depth import Block, Plain, Stack, fresh
+from effjax.depth import Block, Depthwise, Journey, Plain, Stack, fresh
 from effjax.ffn import Gated
 from effjax.heads import Tied
 from effjax.mixers import Attention
 from effjax.nn import RMSNorm, TokenEmbedding, scalars
+from effjax.registry import describe
 
 
 @flax.struct.dataclass
@@ -89,6 +92,11 @@ class SequenceModel(nn.Module):
     remat: str = "none"
     scan_layers: bool = False
 
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """(vocabulary, width, positions), which the embedding asks for."""
+        return self.vocab_size, self.d_model, self.max_seq_len
+
     def stack(self) -> Stack:
         """All the layers, unbound."""
         blocks = tuple(
@@ -157,8 +165,7 @@ class SequenceModel(nn.Module):
             match the tokens', or a state comes with `train`.
         """
         positions, segment_ids = self._check_inputs(tokens, positions, segment_ids, state, train)
-        sizes = (self.vocab_size, self.d_model, self.max_seq_len)
-        x, table = self.embed(tokens, positions, sizes=sizes, dtype=self.dtype)
+        x, table = self.embed(tokens, positions, sizes=self.sizes, dtype=self.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", None))
         x, layers, aux = self.depth(
             self.stack(),
@@ -171,9 +178,7 @@ class SequenceModel(nn.Module):
         if state is not None:
             seen = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
             state = state.replace(layers=layers, length=state.length + seen)
-        # A stack whose layers end in a norm needs no other.
-        is_normed = self.norm_order == "post"
-        hidden = x if is_normed else fresh(self.norm).clone(parent=self, name="final_norm")(x)
+        hidden = self._normed(x)
         head, head_aux = self._read(hidden, table, segment_ids, head_at)
         aux = scalars.combine([aux, head_aux])
         return Output(
@@ -183,6 +188,102 @@ class SequenceModel(nn.Module):
             state=state,
             **head,
         )
+
+    def init_pool(self, batch_size: int, max_length: int) -> DecodeState:
+        """The state for `enter`, `recurse` and `leave`, which take each row at a depth of its own.
+
+        Raises:
+          ValueError: as `init_state` does, or for a depth policy without recursions.
+        """
+        if not isinstance(self.depth, Depthwise):
+            raise ValueError(
+                f"depth={describe(self.depth)['name']!r} has no recursions that rows could be at different ones of; "
+                "valid: 'recursive' or 'mixture_of_recursions'"
+            )
+        # Whether the arguments are valid, and the rest of the state.
+        state = jax.eval_shape(functools.partial(self.init_state, batch_size, max_length))
+        layers = self.depth.init_pool(
+            self.stack(), batch_size, max_length, self.d_model, self.dtype
+        )
+        return state.replace(layers=layers, length=jnp.zeros_like(state.length))
+
+    @nn.compact
+    def enter(
+        self,
+        tokens: Int[Array, "K 1"],
+        *,
+        rows: Int[Array, " K"],
+        segment_ids: Int[Array, "K 1"],
+        state: DecodeState,
+    ) -> tuple[Journey, DecodeState]:
+        """Takes the next token of some rows as far as the first recursion.
+
+        Args:
+          tokens: token ids.
+          rows: which rows of the state these are; past its end: none.
+          segment_ids: 0 marks a row that has no token.
+          state: from `init_pool`.
+        """
+        positions = state.length.at[rows].get(mode="clip")[:, None]
+        x, _ = self.embed(tokens, positions, sizes=self.sizes, dtype=self.dtype)
+        journey, layers = self.depth.enter(
+            self.stack(),
+            x,
+            rows=rows,
+            positions=positions,
+            segment_ids=segment_ids,
+            pool=state.layers,
+        )
+        return journey, state.replace(layers=layers)
+
+    def recurse(self, journey: Journey, *, state: DecodeState) -> tuple[Journey, DecodeState]:
+        """Applies to the token of each row that goes on the recursion that is its next, whichever that is."""
+        positions = state.length[:, None]
+        journey, layers = self.depth.recurse(
+            self.stack(), journey, positions=positions, pool=state.layers
+        )
+        return journey, state.replace(layers=layers)
+
+    @nn.compact
+    def leave(
+        self,
+        x: Float[Array, "K 1 D"],
+        *,
+        rows: Int[Array, " K"],
+        segment_ids: Int[Array, "K 1"],
+        state: DecodeState,
+    ) -> Output:
+        """Takes the token of some rows from its last recursion to the head: they have then seen it.
+
+        Args:
+          x: its hidden state.
+          rows, segment_ids, state: as for `enter`.
+        """
+        positions = state.length.at[rows].get(mode="clip")[:, None]
+        x, layers = self.depth.leave(
+            self.stack(),
+            x,
+            rows=rows,
+            positions=positions,
+            segment_ids=segment_ids,
+            pool=state.layers,
+        )
+        hidden = self._normed(x)
+        head, aux = self._read(hidden, self.embed.table(sizes=self.sizes), segment_ids, None)
+        seen = (segment_ids[:, 0] > 0).astype(jnp.int32)
+        length = state.length.at[rows].add(seen, mode="drop")
+        return Output(
+            hidden=hidden,
+            aux=scalars.losses(aux),
+            metrics=scalars.metrics(aux),
+            state=state.replace(layers=layers, length=length),
+            **head,
+        )
+
+    def _normed(self, x):
+        # A stack whose layers end in a norm needs no other.
+        is_normed = self.norm_order == "post"
+        return x if is_normed else fresh(self.norm).clone(parent=self, name="final_norm")(x)
 
     def _read(self, hidden, table, segment_ids, head_at):
         """What the head makes of the tokens that it reads, and what that costs a token of the call."""

@@ -57,5 +57,11 @@ class TokenEmbedding(nn.Module):
             x = self.norm.clone(parent=self, name="out_norm")(x)
         return x, table
 
+    @nn.compact
+    def table(self, *, sizes: tuple[int, int, int]) -> Float[Array, "V D"]:
+        """The table alone, for a head that reads it where no token is embedded."""
+        vocab_size, d_model, _ = sizes
+        return self._table("embedding", vocab_size, d_model)
+
     def _table(self, name: str, rows: int, columns: int) -> Float[Array, "N D"]:
         return self.param(name, nn.initializers.normal(0.02), (rows, columns), jnp.float32)

@@ -14,7 +14,11 @@ LISTS = {
     "sequence": (6, 3, [0, 0, 0, 3, 3, 3], [[0, 0], [0, 3], [3, 3]]),
     "middle_cycle": (8, 3, [0, 1, 2, 1, 2, 1, 2, 7], [[1, 2], [1, 2], [1, 2]]),
     "middle_sequence": (8, 3, [0, 1, 1, 1, 4, 4, 4, 7], [[1, 1], [1, 4], [4, 4]]),
+    "untied": (4, 2, [0, 1, 2, 3], [[0, 1], [2, 3]]),
+    "middle_untied": (6, 2, [0, 1, 2, 3, 4, 5], [[1, 2], [3, 4]]),
 }
+# Those that share, for which the parameters of each layer are looked up below.
+TYING = [strategy for strategy in LISTS if "untied" not in strategy]
 
 
 @pytest.mark.parametrize("strategy", LISTS)
@@ -25,7 +29,7 @@ def test_layers_of_a_strategy(strategy):
     assert [[one for i in step for one in layout.shared[i]] for step in layout.steps] == recursions
 
 
-@pytest.mark.parametrize("strategy", LISTS)
+@pytest.mark.parametrize("strategy", TYING)
 def test_recursive_is_the_plain_transformer_with_tied_layers(strategy, rng):
     num_layers, num_recursions, layers, _ = LISTS[strategy]
     inputs = packed(rng)

@@ -1,0 +1,1 @@
+"""Tokens a second of Mixture-of-Recursions against mean depth: `python -m benchmarks.depthwise`."""

@@ -1,0 +1,220 @@
+"""Makes texts by plain and by depth-wise batching and writes a table, JSON and a picture.
+
+The ways take turns, so that a change of the machine's speed reaches all of them alike. With `--workdirs`, of a "mor"
+and a "recursive" model that `train.py` has trained at one size, it does the same with these.
+"""
+
+import dataclasses
+import json
+import statistics
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks.depthwise.texts import Way, Workload, build, random_variables, steered
+from effjax import data
+from effjax.evaluation.run import restore
+from effjax.serving import DepthwiseGeneration
+
+_D_MODEL = flags.DEFINE_integer("d_model", 512, "Width.")
+_NUM_LAYERS = flags.DEFINE_integer("num_layers", 14, "Layers that a token passes at full depth.")
+_NUM_RECURSIONS = flags.DEFINE_integer("num_recursions", 3, "Recursions.", lower_bound=2)
+_SHARING = flags.DEFINE_enum(
+    "sharing",
+    "middle_cycle",
+    ("cycle", "middle_cycle"),
+    "Whether a first and a last layer are left out of it.",
+)
+_MEAN_DEPTHS = flags.DEFINE_list(
+    "mean_depths", ["1.2", "1.5", "2", "3"], "Recursions that tokens take on average."
+)
+_NUM_TEXTS = flags.DEFINE_integer("num_texts", 64, "Texts in all.", lower_bound=1)
+_NUM_SLOTS = flags.DEFINE_integer("num_slots", 32, "Texts at a time.", lower_bound=1)
+_PROMPT = flags.DEFINE_integer("prompt_length", 16, "Tokens of a prompt.", lower_bound=1)
+_TOKENS = flags.DEFINE_integer("num_tokens", 128, "New tokens of a text.", lower_bound=2)
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each way.", lower_bound=1)
+_WORKDIRS = flags.DEFINE_list(
+    "workdirs", [], "Folders of a trained mor and a trained recursive model, instead of the sweep."
+)
+_OUT = flags.DEFINE_string("out", "benchmarks/results/depthwise.json", "File of the measurements.")
+
+RECURSIVE, PLAIN, DEPTHWISE = "recursive, plain", "mor, plain", "mor, depth-wise"
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    if len(_WORKDIRS.value) not in (0, 2):
+        raise app.UsageError(f"--workdirs={_WORKDIRS.value}; valid: two folders, or none")
+    report = {
+        "platform": jax.devices()[0].device_kind,
+        "num_slots": _NUM_SLOTS.value,
+        "num_texts": _NUM_TEXTS.value,
+        "num_tokens": _TOKENS.value,
+        **(trained() if _WORKDIRS.value else swept()),
+    }
+    out = Path(_OUT.value)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=2) + "\n")
+    draw(report, out.with_suffix(".png"))
+    console = Console()
+    console.print(table(report))
+    console.print(f"wrote {out} and {out.with_suffix('.png')}")
+
+
+def swept() -> dict:
+    """Untrained models whose router is made to give each mean depth, with random prompts."""
+    size = {
+        "d_model": _D_MODEL.value,
+        "num_layers": _NUM_LAYERS.value,
+        "mixers": ({"name": "attention", "num_heads": 8, "num_kv_heads": 4},),
+    }
+    shared = (size, _NUM_RECURSIONS.value, _SHARING.value)
+    recursive, mor = (build(name, *shared) for name in ("recursive", "mor"))
+    rng = np.random.default_rng(0)
+    shape = (_NUM_TEXTS.value, _PROMPT.value)
+    work = Workload(list(rng.integers(mor.vocab_size, size=shape)), _TOKENS.value, _NUM_SLOTS.value)
+    beginning, rows = random_variables(mor), []
+    baseline = (recursive, random_variables(recursive))
+    compile_all(work, baseline, (mor, beginning))
+    depths = [float(depth) for depth in _MEAN_DEPTHS.value]
+    for depth in track(depths, description="mean depths", console=Console(stderr=True)):
+        variables = steered(mor, beginning, depth)
+        rows.append(measure(work, baseline, (mor, variables)))
+    return {"size": size, **shape_of(mor), "rows": rows}
+
+
+def trained() -> dict:
+    """Trained models, with the beginnings of held-out texts as prompts."""
+    mor, recursive = (restore(None, workdir) for workdir in _WORKDIRS.value)
+    prompts = []
+    for batch in data.build(mor.config["data"], split="heldout"):
+        prompts += list(batch["tokens"][:, : _PROMPT.value])
+        if len(prompts) >= _NUM_TEXTS.value:
+            break
+    work = Workload(prompts[: _NUM_TEXTS.value], _TOKENS.value, _NUM_SLOTS.value)
+    sides = [(run.model, run.variables) for run in (recursive, mor)]
+    compile_all(work, *sides)
+    size = {"d_model": mor.model.d_model, "num_layers": mor.model.num_layers}
+    return {"size": size, **shape_of(mor.model), "rows": [measure(work, *sides)]}
+
+
+def shape_of(model) -> dict:
+    """Of how many layers a recursion is, and how many are around the recursions."""
+    layout = model.depth.layout(model.stack())
+    around = len(layout.first) + len(layout.last)
+    num_recursions = model.depth.num_recursions
+    return {
+        "num_recursions": num_recursions,
+        "sharing": model.depth.sharing,
+        "layers_around": around,
+        "layers_of_recursion": (model.num_layers - around) // num_recursions,
+    }
+
+
+def measure(work: Workload, recursive: tuple, mor: tuple) -> dict:
+    """Tokens a second of each way in each round, and the depth that tokens had."""
+    ways = ways_of(work, recursive, mor)
+    speeds, texts = {name: [] for name in ways}, {}
+    for _ in range(_ROUNDS.value):
+        for name, way in ways.items():
+            speed, texts[name] = way.run()
+            speeds[name].append(speed)
+    (made,) = texts[DEPTHWISE]
+    check_same(made, texts[PLAIN])
+    return {
+        "mean_depth": made.mean_depth,
+        "occupancy": made.occupancy,
+        "steps": made.steps,
+        "tokens_per_second": speeds,
+    }
+
+
+def compile_all(work: Workload, recursive: tuple, mor: tuple) -> None:
+    """Makes as few texts as take every program, so that what is measured compiles nothing."""
+    few = dataclasses.replace(work, prompts=work.prompts[: work.num_slots])
+    for way in ways_of(few, recursive, mor).values():
+        way.run()
+
+
+def ways_of(work: Workload, recursive: tuple, mor: tuple) -> dict[str, Way]:
+    """What is compared, of models with their variables."""
+    return {
+        RECURSIVE: Way(*recursive, work.plain),
+        PLAIN: Way(*mor, work.plain),
+        DEPTHWISE: Way(*mor, work.depthwise),
+    }
+
+
+def check_same(made: DepthwiseGeneration, plain: list) -> None:
+    """Raises RuntimeError if more than a few texts differ: where two tokens are nearly alike, rounding decides."""
+    want = np.concatenate([texts.tokens for texts in plain])
+    differ = np.mean(np.any(made.tokens != want, axis=1))
+    if differ > 0.1:
+        raise RuntimeError(f"{differ:.0%} of the texts are not those of plain batching")
+
+
+def median(row: dict, name: str) -> float:
+    """Tokens a second."""
+    return statistics.median(row["tokens_per_second"][name])
+
+
+def ideal(report: dict, depth: float) -> tuple[float, float]:
+    """Most that can be gained at a mean depth: by recursions alone, and with the layers around them."""
+    full, around = report["num_recursions"], report["layers_around"]
+    layers = lambda depth: around + depth * report["layers_of_recursion"]  # noqa: E731
+    return full / depth, layers(full) / layers(depth)
+
+
+def table(report: dict) -> Table:
+    """The measurements for the eye."""
+    found = Table(title=f"Tokens a second (lowest to highest), on {report['platform']}")
+    names = (RECURSIVE, PLAIN, DEPTHWISE)
+    columns = ("mean depth", *names, "gain", "by layers", "N / depth", "occupancy")
+    for name in columns:
+        found.add_column(name, justify="right")
+    for row in report["rows"]:
+        speeds = row["tokens_per_second"]
+        by_recursions, by_layers = ideal(report, row["mean_depth"])
+        found.add_row(
+            f"{row['mean_depth']:.2f}",
+            *(f"{median(row, n):.0f} ({min(speeds[n]):.0f}-{max(speeds[n]):.0f})" for n in names),
+            f"{median(row, DEPTHWISE) / median(row, RECURSIVE):.2f}x",
+            f"{by_layers:.2f}x",
+            f"{by_recursions:.2f}x",
+            f"{row['occupancy']:.0%}",
+        )
+    return found
+
+
+def draw(report: dict, path: Path) -> None:
+    """Tokens a second against mean depth, as PNG."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    ax = figure.subplots()
+    rows = sorted(report["rows"], key=lambda row: row["mean_depth"])
+    depths = [row["mean_depth"] for row in rows]
+    for name in (RECURSIVE, PLAIN, DEPTHWISE):
+        ax.plot(depths, [median(row, name) for row in rows], marker="o", label=name)
+    base = statistics.median(median(row, RECURSIVE) for row in rows)
+    grid = np.linspace(min([1.0, *depths]), report["num_recursions"], 50)
+    lines = np.array([ideal(report, depth) for depth in grid]) * base
+    ax.plot(grid, lines[:, 1], ":", color="gray", label="ideal, all layers counted")
+    ax.plot(grid, lines[:, 0], "--", color="gray", label="ideal, N / mean depth")
+    ax.set(xlabel="mean recursions a token", ylabel="tokens a second", ylim=(0, None))
+    ax.grid(alpha=0.3)
+    ax.legend()
+    size = f"d_model {report['size']['d_model']}, {report['size']['num_layers']} layers, {report['sharing']}"
+    figure.suptitle(
+        f"{report['num_slots']} texts at a time on {report['platform']}: {size}", fontsize=10
+    )
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,231 @@
+"""A batch whose rows are at recursions of their own: the steps of continuous depth-wise batching.
+
+The counterpart of `effjax.serving.decoding` for models that apply the same blocks several times. A step applies the
+shared blocks once to every row, whichever recursion each is at. A token that has taken its last one goes through the
+layers after the recursions and the head; the next token of its row is drawn, and goes through the layers before them.
+So no row waits for another, and a token takes as many steps as recursions (Bae et al., 2024, arXiv 2410.20672, on
+"continuous depth-wise batching"; Bae et al., 2025, arXiv 2507.10524, on inference throughput).
+
+Pure functions on an explicit state. The tokens of a text are those of `effjax.serving.generate`.
+"""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from effjax.depth import Journey
+from effjax.models import SequenceModel
+from effjax.serving import decoding
+from effjax.serving.decoding import Rows
+from effjax.serving.sampling import Settings
+
+# What is around the recursions is computed for the rows that are there, padded to one of so many shares of a batch.
+NUM_SHARES = 4
+
+
+@flax.struct.dataclass
+class Travelling:
+    """Texts in the making, the newest token of each on its way through the recursions.
+
+    Attributes:
+      rows: the texts, their state one of `SequenceModel.init_pool`. A row that has stopped is free for another text.
+      journey: of the newest token of each row.
+      limit: [B] most tokens that the row gets.
+      tokens: [B, N] what was drawn in the row; behind it anything.
+      logprobs: [B, N] the log-probability of each token.
+    """
+
+    rows: Rows
+    journey: Journey
+    limit: Int[Array, " B"]
+    tokens: Int[Array, "B N"]
+    logprobs: Float[Array, "B N"]
+
+    @property
+    def leaves(self) -> Bool[Array, " B"]:
+        """Rows whose newest token has no recursion before it any more."""
+        return ~self.rows.stopped & ~self.journey.goes_on[:, 0]
+
+
+def empty(
+    model: SequenceModel,
+    variables: Any,
+    num_rows: int,
+    *,
+    max_length: int,
+    max_new_tokens: int,
+    with_penalty: bool,
+) -> Travelling:
+    """Rows without a text.
+
+    Args:
+      model: a model with recursions.
+      variables: its variables.
+      num_rows: B.
+      max_length: tokens that a row has room for, prompt included.
+      max_new_tokens: N.
+      with_penalty: whether the rows remember their tokens, for a repetition penalty.
+
+    Raises:
+      ValueError: as `SequenceModel.init_pool`.
+    """
+    state = model.init_pool(num_rows, max_length)
+    none = functools.partial(jnp.zeros, (num_rows,))
+    rows = Rows(
+        state=state,
+        token=none(jnp.int32),
+        logprob=none(),
+        count=none(jnp.int32),
+        stopped=jnp.ones((num_rows,), bool),
+        keys=jax.random.split(jax.random.key(0), num_rows),
+        seen=jnp.zeros((num_rows, model.vocab_size), bool) if with_penalty else None,
+    )
+    enter = functools.partial(_enter, model, token=rows.token, rows=jnp.arange(num_rows))
+    journey, _ = jax.eval_shape(enter, variables, is_token=rows.stopped, state=state)
+    return Travelling(
+        rows=rows,
+        journey=jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), journey),
+        limit=none(jnp.int32),
+        tokens=jnp.zeros((num_rows, max_new_tokens), jnp.int32),
+        logprobs=jnp.zeros((num_rows, max_new_tokens)),
+    )
+
+
+def admit(
+    model: SequenceModel,
+    variables: Any,
+    batch: Travelling,
+    row: Int[Array, ""],
+    prompts: Int[Array, "K T"],
+    lengths: Int[Array, " K"],
+    keys: Key[Array, " K"],
+    limit: Int[Array, ""],
+    settings: Settings,
+    stop_tokens: Int[Array, " S"],
+) -> Travelling:
+    """Reads prompts into free rows, draws the first token of each, and takes that to the recursions.
+
+    Args:
+      model: the model of the batch.
+      variables: its variables.
+      batch: from `empty`, or from a step.
+      row: the first of K rows that have stopped.
+      prompts: token ids, padding behind them.
+      lengths: tokens of each prompt.
+      keys: one a text; its n-th token is drawn by the key folded with n.
+      limit: most tokens that each text gets.
+      settings: see `Sampling.settings`.
+      stop_tokens: ids that end a text.
+    """
+    state = batch.rows.state
+    new = decoding.begin(
+        model,
+        variables,
+        prompts,
+        lengths,
+        keys,
+        settings,
+        stop_tokens,
+        max_length=state.max_length,
+    )
+    new = new.replace(stopped=new.stopped | (new.count >= limit))
+
+    # It enters by the states of the new rows alone: the caches of the batch are written once, where they are.
+    layers = model.depth.pool_of(model.stack(), new.state.layers)
+    journey, new_state = _enter(
+        model,
+        variables,
+        token=new.token,
+        rows=jnp.arange(len(lengths), dtype=jnp.int32),
+        is_token=~new.stopped,
+        state=new.state.replace(layers=layers),
+    )
+    rows = row + jnp.arange(len(lengths), dtype=jnp.int32)
+    write = lambda old, values: old.at[rows].set(values)  # noqa: E731
+    state = state.replace(
+        layers=model.depth.put(model.stack(), state.layers, new_state.layers, rows),
+        length=write(state.length, new_state.length),
+    )
+    texts = jax.tree.map(write, batch.rows.replace(state=None), new.replace(state=None))
+    return Travelling(
+        rows=texts.replace(state=state),
+        journey=jax.tree.map(write, batch.journey, journey),
+        limit=batch.limit.at[rows].set(limit),
+        tokens=batch.tokens.at[rows, 0].set(new.token),
+        logprobs=batch.logprobs.at[rows, 0].set(new.logprob),
+    )
+
+
+def step(
+    model: SequenceModel,
+    variables: Any,
+    batch: Travelling,
+    settings: Settings,
+    stop_tokens: Int[Array, " S"],
+) -> Travelling:
+    """Every token takes its next recursion; where that was the last, the row's next token sets out.
+
+    Args and results as for `admit`.
+    """
+    journey, state = model.apply(variables, batch.journey, state=batch.rows.state, method="recurse")
+    batch = batch.replace(rows=batch.rows.replace(state=state), journey=journey)
+    sizes = _sizes(len(batch.limit))
+    turn = functools.partial(_turn, model, variables, settings, stop_tokens)
+    branches = [lambda batch: batch, *(functools.partial(turn, size) for size in sizes)]
+    which = jnp.searchsorted(jnp.array([0, *sizes]), jnp.sum(batch.leaves))
+    return jax.lax.switch(which, branches, batch)
+
+
+def _turn(model, variables, settings, stop_tokens, size: int, batch: Travelling) -> Travelling:
+    """Up to `size` tokens leave the recursions, and the next ones of their rows enter."""
+    leaves, num_rows = batch.leaves, len(batch.limit)
+    rows = jnp.nonzero(leaves, size=size, fill_value=num_rows)[0].astype(jnp.int32)
+    is_token = rows < num_rows
+    source, place = jnp.minimum(rows, num_rows - 1), jnp.maximum(jnp.cumsum(leaves) - 1, 0)
+    take = functools.partial(jax.tree.map, lambda a: a[source])
+
+    output = model.apply(
+        variables,
+        take(batch.journey.x),
+        rows=rows,
+        segment_ids=is_token[:, None].astype(jnp.int32),
+        state=batch.rows.state,
+        method="leave",
+    )
+    texts = take(batch.rows.replace(state=None)).replace(stopped=~is_token)
+    own = {name: value[source] if jnp.ndim(value) else value for name, value in settings.items()}
+    texts = decoding.grow(texts, output, own, stop_tokens)
+    texts = texts.replace(stopped=texts.stopped | (texts.count >= batch.limit[source]))
+    journey, state = _enter(
+        model, variables, token=texts.token, rows=rows, is_token=~texts.stopped, state=texts.state
+    )
+
+    def spread(old, new):
+        return jnp.where(leaves.reshape(-1, *[1] * (old.ndim - 1)), new[place], old)
+
+    keys = batch.rows.keys
+    texts = texts.replace(state=None, keys=None)
+    grown = jax.tree.map(spread, batch.rows.replace(state=None, keys=None), texts)
+    newest = leaves[:, None] & (jnp.arange(batch.tokens.shape[1]) == grown.count[:, None] - 1)
+    return batch.replace(
+        rows=grown.replace(state=state, keys=keys),
+        journey=jax.tree.map(spread, batch.journey, journey),
+        tokens=jnp.where(newest, grown.token[:, None], batch.tokens),
+        logprobs=jnp.where(newest, grown.logprob[:, None], batch.logprobs),
+    )
+
+
+def _enter(model, variables, *, token, rows, is_token, state):
+    segment_ids = is_token[:, None].astype(jnp.int32)
+    return model.apply(
+        variables, token[:, None], rows=rows, segment_ids=segment_ids, state=state, method="enter"
+    )
+
+
+def _sizes(num_rows: int) -> list[int]:
+    """Numbers of rows that the ends are computed for: the quarters of a batch, up to all of it."""
+    return sorted({-(-num_rows * i // NUM_SHARES) for i in range(1, NUM_SHARES + 1)})
