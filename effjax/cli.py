@@ -88,7 +88,7 @@ def define_config(
 
 
 def default_workdir() -> str:
-    """`runs/<name of the config file>`, followed by `-<argument>` if it was given one.
+    """`runs/<name of the config file>`, followed by `-<argument>` if it was given one, a path in it in dashes.
 
     Raises:
       ValueError: if there is no `--config`.
@@ -96,6 +96,7 @@ def default_workdir() -> str:
     if flags.FLAGS["config"].value is None:
         raise ValueError("neither --workdir nor --config is given; valid: one of them or both")
     path, _, argument = flags.FLAGS["config"].config_filename.partition(":")
+    argument = re.sub(r"[:/\\]+", "-", argument)
     return str(Path("runs") / "-".join(filter(None, (Path(path).stem, argument))))
 
 

@@ -12,7 +12,7 @@ import functools
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import typeguard
@@ -168,6 +168,18 @@ def describe_fields(part: Any) -> dict[str, Any]:
 
 def describe_values(values: Mapping[str, Any]) -> dict[str, Any]:
     return {name: describe(value) for name, value in values.items()}
+
+
+def plain_fields(spec: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in a spec that are no specs themselves, by dotted path: ("mixers.0.num_heads", 4)."""
+    if isinstance(spec, Mapping):
+        for name, value in spec.items():
+            yield from plain_fields(value, f"{path}.{name}" if path else name)
+    elif isinstance(spec, tuple) and any(isinstance(value, Mapping) for value in spec):
+        for i, value in enumerate(spec):
+            yield from plain_fields(value, f"{path}.{i}")
+    else:
+        yield path, spec
 
 
 def merge(spec: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -101,3 +101,14 @@ def test_create_names_the_nearest_model_and_field():
         models.create("transformer", dmodel=4)
     with pytest.raises(registry.RegistryError, match="'d_model' is '4'"):
         models.create("transformer", d_model="4")
+
+
+def test_the_plain_values_of_a_spec_by_dotted_path():
+    spec = {"width": 1, "mixers": ({"name": "a", "taps": (2, 3)}, {"name": "b"}), "ffn": None}
+    assert dict(registry.plain_fields(spec)) == {
+        "width": 1,
+        "mixers.0.name": "a",
+        "mixers.0.taps": (2, 3),
+        "mixers.1.name": "b",
+        "ffn": None,
+    }

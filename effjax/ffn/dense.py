@@ -14,6 +14,7 @@ ACTIVATIONS = {
     "gelu_exact": functools.partial(nn.gelu, approximate=False),
     "relu": nn.relu,
     "relu2": lambda x: jax.numpy.square(nn.relu(x)),
+    "sigmoid": nn.sigmoid,
     "silu": nn.silu,
 }
 
@@ -57,7 +58,7 @@ class Dense(nn.Module):
 
 @register("ffn", "gated")
 class Gated(nn.Module):
-    """down(act(gate(x)) * up(x)); SwiGLU with `silu` (Shazeer, 2020, arXiv 2002.05202, eq. 6).
+    """down(act(gate(x)) * up(x)); SwiGLU with `silu`, GLU with `sigmoid` (Shazeer, 2020, arXiv 2002.05202, eq. 6).
 
     Attributes:
       hidden_dim: width of the hidden layer; None means `gated_width(d_model)`.

@@ -1,5 +1,7 @@
 """Switch Transformer: one expert a token (Fedus et al., 2021, arXiv 2101.03961)."""
 
+import jax
+
 from effjax.ffn.mixture import MixtureOfExperts
 from effjax.registry import register
 from effjax.routing import top_k
@@ -17,13 +19,21 @@ class Switch(MixtureOfExperts):
     - Exploration (appendix C): input jitter.
 
     The z-loss (ST-MoE, arXiv 2202.08906, eq. 5) came later; `z_weight=0` leaves it out. Experts
-    are T5's dense ReLU feed-forwards. Fields: see `MixtureOfExperts`.
+    are T5's dense ReLU feed-forwards.
+
+    Attributes:
+      renormalise: y = E_i(x), the weight renormalised over the one expert chosen, which is 1. Copies of a
+        dense feed-forward then begin as the same function (`effjax.models.uptraining`). So that the router
+        learns from the output all the same, the weight has the gradient of log p_i(x).
+
+    Further fields: see `MixtureOfExperts`.
     """
 
     gated: bool = False
     activation: str = "relu"
     jitter: float = 0.01
     init_scale: float = 0.1
+    renormalise: bool = False
 
     @property
     def choices(self) -> int:
@@ -31,5 +41,8 @@ class Switch(MixtureOfExperts):
 
     def route(self, logits, mask):
         assignment = top_k.switch(logits)
+        if self.renormalise:
+            p = assignment.weights
+            assignment = assignment.replace(weights=p / jax.lax.stop_gradient(p))
         balance = load_balancing_loss(assignment.probs, assignment.indices, mask=mask)
         return assignment, {"loss/load_balancing": self.balance_weight * balance}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from effjax import registry
@@ -10,13 +10,14 @@ from effjax.ffn import Gated
 from effjax.ffn.dense import gated_width
 from effjax.interop.entries import Entries
 from effjax.interop.error import InteropError
-from effjax.interop.table import Row
-from effjax.mixers import Attention, Mamba, Mamba2, SlidingWindow
+from effjax.interop.table import Layers, Row, plain_layers
+from effjax.mixers import Attention, Mamba, Mamba2, SlidingWindow, TaylorLinear
 from effjax.models import SequenceModel
 
 # Fields that decide how a model is computed or trained, and not what it computes from given parameters.
-_FREE = ("balance_weight", "capacity_factor", "dispatch", "dtype", "implementation", "init_scale")
-_FREE += ("jitter", "remat", "scan_layers", "z_weight")
+_FREE = ("aux_weight", "balance_weight", "capacity_factor", "capacity_warmup_steps", "chunk_size")
+_FREE += ("dispatch", "dtype", "implementation", "init_scale", "jitter", "remat", "scan_layers")
+_FREE += ("warmup_progress", "z_weight")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Architecture:
       unused: patterns (`fnmatch`) of tensors that some checkpoints hold although others determine them, or although
         the model has no use for them.
       renamed: (pattern, replacement), regular expressions for names that some checkpoints have instead of the table's.
+      layers: the names of the layers of a model.
+      known_by: an entry that no other architecture has, if there is one.
     """
 
     name: str
@@ -43,6 +46,8 @@ class Architecture:
     parts: Mapping[str, tuple[type, ...]]
     unused: tuple[str, ...] = ()
     renamed: tuple[tuple[str, str], ...] = ()
+    layers: Callable[[SequenceModel], Layers] = plain_layers
+    known_by: str | None = None
 
     def rename(self, name: str) -> str:
         """The table's name of a tensor of a checkpoint."""
@@ -90,7 +95,7 @@ class Architecture:
             back = spelled_out(self.model(Entries(self._config(model), self.name)))
         except InteropError as error:
             return [str(error)]
-        ours, theirs = (dict(_fields(registry.describe_fields(m))) for m in (model, back))
+        ours, theirs = (_function(m) for m in (model, back))
         absent = object()
         return [
             f"{name}={ours.get(name)!r} (it has {theirs.get(name)!r})"
@@ -135,6 +140,8 @@ def _mixer(mixer: Any, d_model: int) -> Any:
         kv_heads, head_dim = mixer.dims(d_model)
         scale = head_dim**-0.5 if mixer.logits_scale is None else mixer.logits_scale
         return mixer.clone(num_kv_heads=kv_heads, head_dim=head_dim, logits_scale=scale)
+    if type(mixer) is TaylorLinear:
+        return mixer.clone(head_dim=mixer.value_dim(d_model))
     if type(mixer) is Mamba:
         return mixer.clone(step_rank=mixer.dims(d_model)[1])
     if type(mixer) is Mamba2:
@@ -142,14 +149,7 @@ def _mixer(mixer: Any, d_model: int) -> Any:
     return mixer
 
 
-def _fields(spec: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """The plain values of a spec by dotted path, but for the free ones."""
-    if isinstance(spec, Mapping):
-        for name, value in spec.items():
-            if name not in _FREE:
-                yield from _fields(value, f"{path}.{name}" if path else name)
-    elif isinstance(spec, tuple) and any(isinstance(value, Mapping) for value in spec):
-        for i, value in enumerate(spec):
-            yield from _fields(value, f"{path}.{i}")
-    else:
-        yield path, spec
+def _function(model: SequenceModel) -> dict[str, Any]:
+    """The plain values of a model's fields by dotted path, but for the free ones."""
+    fields = registry.plain_fields(registry.describe_fields(model))
+    return {path: value for path, value in fields if path.rpartition(".")[2] not in _FREE}

@@ -82,6 +82,10 @@ class Entries:
             )
         return value
 
+    def ignore(self, *names: str) -> None:
+        """Takes note that these entries, if they are there, change nothing of this model."""
+        self.asked.update(names)
+
     def overlooked(self) -> dict[str, Any]:
         """The entries that nobody asked for and that are not known to be neutral."""
         return {k: v for k, v in self.values.items() if k not in self.asked and k not in NEUTRAL}

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Sharding
 
 from effjax.interop import families
+from effjax.interop.architecture import Architecture
 from effjax.interop.entries import CONFIG_FILE, Entries, read_config
 from effjax.interop.error import InteropError
 from effjax.interop.shards import Shards, some
@@ -51,29 +52,47 @@ def load_hf(
 
     Raises:
       InteropError: for a folder that is none, an architecture or an option of it that we lack, a tensor that is
-        missing, unexpected or of another shape or dtype, a file that is missing or truncated, and weights that are
-        there as pickle only; the message names each. Nothing is loaded then.
+        missing, unexpected, of another shape or dtype, or unlike another that the model shares with it, a file that is
+        missing or truncated, and weights that are there as pickle only; the message names each. Nothing is loaded then.
     """
     folder = Path(path)
-    if not folder.is_dir():
-        raise InteropError(f"{str(path)!r} is no folder; valid: a local Hugging Face model folder")
-    entries = Entries(read_config(folder), str(folder / CONFIG_FILE))
-    architecture = families.of_config(entries)
-    model = architecture.model(entries).clone(scan_layers=scan_layers)
+    entries, architecture, model = _described(folder)
+    model = model.clone(scan_layers=scan_layers)
     try:
-        leaves = bind(architecture.table, model)
+        leaves = bind(architecture.table, model, architecture.layers(model))
     except (ArithmeticError, TypeError, ValueError) as error:  # sizes that do not go together
         raise InteropError(f"{entries.where}: {error}") from error
     if overlooked := entries.overlooked():
         logger.warning("%s: entries that are not known and not read: %s", entries.where, overlooked)
     target = None if dtype is None else _floating(dtype)
     shards = Shards(folder, architecture.rename)
+    leaves = [leaf.first_of(shards.shapes) for leaf in leaves]
     _check(leaves, shards, architecture.unused, folder)
+    _check_copies(leaves, shards)
     stored = {leaf.path: _stored_dtype(leaf, shards, target) for leaf in leaves}
     leaves.sort(key=lambda leaf: leaf.size * stored[leaf.path].itemsize, reverse=True)
     params = {leaf.path: _load(leaf, shards, stored[leaf.path], shardings) for leaf in leaves}
     model = model.clone(dtype=stored["embed/embedding"].name)
     return model, {"params": flax.traverse_util.unflatten_dict(params, sep="/")}
+
+
+def read_model(path: str | Path) -> SequenceModel:
+    """The model that the `config.json` of a local Hugging Face folder describes; its weights are not looked at.
+
+    Raises:
+      InteropError: for a folder that is none, an architecture or an option of it that we lack.
+    """
+    return _described(Path(path))[2]
+
+
+def _described(folder: Path) -> tuple[Entries, Architecture, SequenceModel]:
+    if not folder.is_dir():
+        raise InteropError(
+            f"{str(folder)!r} is no folder; valid: a local Hugging Face model folder"
+        )
+    entries = Entries(read_config(folder), str(folder / CONFIG_FILE))
+    architecture = families.of_config(entries)
+    return entries, architecture, architecture.model(entries)
 
 
 def _load(leaf: Leaf, shards: Shards, dtype: np.dtype, shardings: Place | None) -> jax.Array:
@@ -93,6 +112,8 @@ def _check(leaves: list[Leaf], shards: Shards, unused: Sequence[str], folder: Pa
     """All tensors of the model are there, in their shapes, and there are no others."""
     expected = {name: leaf.tensor_shape for leaf in leaves for name in leaf.names.flat}
     missing = sorted(expected.keys() - shards.shapes.keys())
+    copies = {name: leaf.tensor_shape for leaf in leaves for name in leaf.copies.flat}
+    expected |= {name: shape for name, shape in copies.items() if name in shards.shapes}
     unexpected = sorted(
         name
         for name in shards.shapes.keys() - expected.keys()
@@ -113,6 +134,23 @@ def _check(leaves: list[Leaf], shards: Shards, unused: Sequence[str], folder: Pa
         raise InteropError(
             f"{folder}: tensors have other shapes than {CONFIG_FILE} says: {some(wrong)}"
         )
+
+
+def _check_copies(leaves: list[Leaf], shards: Shards) -> None:
+    """Tensors that are one parameter of ours are equal, where a checkpoint holds more than one of them."""
+    pairs = {
+        (leaf.names[where], copy)
+        for leaf in leaves
+        for where in np.ndindex(leaf.names.shape)
+        for copy in leaf.copies[where]
+        if copy in shards.shapes
+    }
+    for name, copy in sorted(pairs):
+        if not shards.equal(name, copy):
+            raise InteropError(
+                f"{name} and {copy} differ, and the model has one parameter for both; valid: equal tensors, or a "
+                f"{CONFIG_FILE} in which these layers do not share parameters"
+            )
 
 
 def _stored_dtype(leaf: Leaf, shards: Shards, target: np.dtype | None) -> np.dtype:

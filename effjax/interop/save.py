@@ -70,7 +70,7 @@ def save_hf(
     known = families.of_model(model, architecture or _architecture(before))
     config = {**_carried(before), **known.config(model)}
     arrays = _arrays(variables)
-    leaves = bind(known.table, model)
+    leaves = bind(known.table, model, known.layers(model))
     _check_arrays(arrays, {leaf.path: leaf.shape for leaf in leaves})
     config["torch_dtype"] = str(arrays["embed/embedding"].dtype)
     parts = _placed(leaves, arrays)
@@ -88,7 +88,8 @@ def _placed(leaves: list[Leaf], arrays: Mapping[str, Any]) -> dict[str, list[_Pa
     parts: dict[str, list[_Part]] = {}
     for leaf in leaves:
         for where in np.ndindex(leaf.names.shape):
-            parts.setdefault(leaf.names[where], []).append((leaf, where))
+            for name in (leaf.names[where], *leaf.copies[where]):
+                parts.setdefault(name, []).append((leaf, where))
     for name, within in parts.items():
         dtypes = sorted({str(arrays[leaf.path].dtype) for leaf, _ in within})
         if len(dtypes) > 1:

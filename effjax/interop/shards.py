@@ -133,6 +133,22 @@ class Shards:
             block = rows[i : i + step]
             destination[i : i + step] = file.read(known, (slice(block.start, block.stop), *others))
 
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors have the same shape, dtype and bits."""
+        shape = self.shapes[one]
+        if shape != self.shapes[other] or self.dtype(one) != self.dtype(other):
+            return False
+        dtype = self.dtype(one)
+        rows = max(1, BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape[1:])))
+        for i in range(0, shape[0], rows):
+            spans = (range(i, min(i + rows, shape[0])), *map(range, shape[1:]))
+            blocks = [np.empty([len(span) for span in spans], dtype) for _ in range(2)]
+            self.read_into(one, spans, blocks[0])
+            self.read_into(other, spans, blocks[1])
+            if blocks[0].tobytes() != blocks[1].tobytes():
+                return False
+        return True
+
 
 def write_shards(
     folder: Path, sizes: Mapping[str, int], tensor: Callable[[str], np.ndarray], max_bytes: int

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.traverse_util
@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.depth.stack import pattern_period
 from effjax.interop.error import InteropError
 from effjax.models import SequenceModel
 
-# Where the layers of a plain stack keep their parameters (`effjax.depth.stack`). Scanned ones have the paths of the
-# first repeat of the pattern of layers, and a leading axis for the repeats.
-_LAYER = re.compile(r"depth/layers/blocks_(?P<block>\d+)/(?P<local>.*)")
+# What "{layer}" stands for in the names of a checkpoint, by the path of our parameters of a layer: an object array of
+# strings, with an axis for the repeats of a scan, if there is one, and one for all of their layers that share these
+# parameters.
+Layers = Mapping[str, np.ndarray]
 
 Shape = tuple[int, ...]
 Spans = tuple[range, ...]
@@ -29,24 +31,33 @@ class Row:
     """A tensor of theirs that is, or has within it, a parameter of ours.
 
     Attributes:
-      theirs: name of the tensor; "{layer}" and "{expert}" stand for numbers.
+      theirs: name of the tensor; "{layer}" and "{expert}" stand for what tells these apart.
       ours: path of the parameter, in a layer from its block on. Where `theirs` has "{expert}", the first axis is that
         of the experts, each a tensor of theirs.
       axes: for each axis of ours the axis of theirs; the others of theirs have size 1. None: the same axes.
       joined: their axis along which the rows of one tensor lie one after the other, in the order of the table; None if
         the tensor is the parameter.
+      mixer: the row is for layers with a mixer of this class; None: for all. Mixers name their parts alike, so models
+        with several kinds of them need to tell.
     """
 
     theirs: str
     ours: str
     axes: tuple[int, ...] | None = None
     joined: int | None = None
+    mixer: type | None = None
+
+    def is_for(self, mixer: Any) -> bool:
+        """Whether the row is for a layer with that mixer."""
+        return self.mixer is None or isinstance(mixer, self.mixer)
 
 
-def linear(theirs: str, ours: str, joined: int | None = None) -> tuple[Row, Row]:
+def linear(
+    theirs: str, ours: str, joined: int | None = None, mixer: type | None = None
+) -> tuple[Row, Row]:
     """A PyTorch linear layer, whose weight is [out, in] where our kernel is [in, out], and its bias if there is one."""
-    weight = Row(f"{theirs}.weight", f"{ours}/kernel", axes=(1, 0), joined=joined)
-    return weight, Row(f"{theirs}.bias", f"{ours}/bias", joined=joined)
+    weight = Row(f"{theirs}.weight", f"{ours}/kernel", (1, 0), joined, mixer)
+    return weight, Row(f"{theirs}.bias", f"{ours}/bias", None, joined, mixer)
 
 
 def norm(theirs: str, ours: str) -> tuple[Row, Row]:
@@ -65,6 +76,7 @@ class Leaf:
         experts, none for most parameters.
       axes: as in `Row`, for the other axes.
       tensor_shape: shape of each of their tensors.
+      copies: names of their tensors that are the same again, with an axis more.
       joined: as in `Row`.
       start: where ours begins along the joined axis.
     """
@@ -74,12 +86,21 @@ class Leaf:
     names: np.ndarray
     axes: tuple[int, ...]
     tensor_shape: Shape
+    copies: np.ndarray
     joined: int | None = None
     start: int = 0
 
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+    def first_of(self, names: Container[str]) -> "Leaf":
+        """The same, of those tensors of which there may be copies the first that is in `names`."""
+        chosen = self.names.copy()
+        for where in np.ndindex(chosen.shape):
+            there = [name for name in (chosen[where], *self.copies[where]) if name in names]
+            chosen[where] = there[0] if there else chosen[where]
+        return dataclasses.replace(self, names=chosen)
 
     def read(self, index: Sequence[slice], read_into: ReadInto, dtype: Any) -> np.ndarray:
         """The part of the parameter at `index`, without reading the rest.
@@ -132,7 +153,19 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(dict(params), sep="/")
 
 
-def bind(table: Iterable[Row], model: SequenceModel) -> list[Leaf]:
+def plain_layers(model: SequenceModel) -> Layers:
+    """The layers of a plain stack, which are numbered; scanned ones have the paths of the pattern's first repeat."""
+    count = model.num_layers
+    numbers = np.array([str(layer) for layer in range(count)], object)
+    if not model.scan_layers:
+        return {
+            f"depth/layers/blocks_{layer}": numbers[layer : layer + 1] for layer in range(count)
+        }
+    period = pattern_period(model.stack().blocks)
+    return {f"depth/layers/blocks_{b}": numbers[b::period, None] for b in range(period)}
+
+
+def bind(table: Iterable[Row], model: SequenceModel, layers: Layers) -> list[Leaf]:
     """What the table of a model's family says of each of its parameters.
 
     Rows of parameters that this model has not are passed over.
@@ -140,42 +173,55 @@ def bind(table: Iterable[Row], model: SequenceModel) -> list[Leaf]:
     Raises:
       InteropError: for a parameter that is not in the table.
     """
-    order = {row.ours: (i, row) for i, row in enumerate(table)}
+    rows: dict[str, list[tuple[int, Row]]] = {}
+    for place, row in enumerate(table):
+        rows.setdefault(row.ours, []).append((place, row))
     found = []
     for path, shape in parameter_shapes(model).items():
-        layer = _LAYER.fullmatch(path)
-        local = layer["local"] if layer else path
-        if local not in order:
+        layer = next((known for known in _above(path) if known in layers), None)
+        local = path if layer is None else path.removeprefix(f"{layer}/")
+        mixer = model.mixers[_block(layer) % len(model.mixers)]
+        fitting = [known for known in rows.get(local, ()) if known[1].is_for(mixer)]
+        if not fitting:
             raise InteropError(
                 f"parameter {path} has no place in a checkpoint of this architecture"
             )
-        place, row = order[local]
-        layers = _layers(int(layer["block"]), shape, model) if layer else np.array(0)
-        found.append((place, _leaf(row, path, shape, layers)))
+        place, row = fitting[0]
+        numbers = np.array([""], object) if layer is None else layers[layer]
+        found.append((place, _leaf(row, path, shape, numbers)))
     found.sort(key=lambda entry: entry[0])
     return _laid_out([leaf for _, leaf in found])
 
 
-def _layers(block: int, shape: Shape, model: SequenceModel) -> np.ndarray:
-    """The layers whose parameters lie in one of a block's: an array over the axis of the scan, if there is one."""
-    if not model.scan_layers:
-        return np.array(block)
-    period = model.num_layers // shape[0]
-    return np.arange(block, model.num_layers, period)
+def _above(path: str) -> Iterator[str]:
+    """The paths that a path is within, the longest first."""
+    while "/" in path:
+        path = path.rpartition("/")[0]
+        yield path
+
+
+def _block(layer: str | None) -> int:
+    """The number of the block in the path of a layer; 0 for what is no part of one."""
+    number = re.search(r"/blocks_(\d+)$", layer or "")
+    return int(number[1]) if number else 0
 
 
 def _leaf(row: Row, path: str, shape: Shape, layers: np.ndarray) -> Leaf:
-    experts = np.arange(shape[layers.ndim]) if "{expert}" in row.theirs else np.array(0)
-    names = np.empty((*layers.shape, *experts.shape), object)
+    repeats = layers.shape[:-1]
+    experts = np.arange(shape[len(repeats)]) if "{expert}" in row.theirs else np.array(0)
+    names = np.empty((*repeats, *experts.shape, layers.shape[-1]), object)
     for where in np.ndindex(names.shape):
-        layer, expert = layers[where[: layers.ndim]], experts[where[layers.ndim :]]
+        *outer, copy = where
+        repeat, chosen = outer[: len(repeats)], outer[len(repeats) :]
+        layer, expert = layers[(*repeat, copy)], experts[tuple(chosen)]
         names[where] = row.theirs.format(layer=layer, expert=expert)
-    inner = shape[names.ndim :]
+    inner = shape[names.ndim - 1 :]
     axes = tuple(range(len(inner))) if row.axes is None else row.axes
     tensor_shape = [1] * (max(axes) + 1)
     for axis, size in zip(axes, inner, strict=True):
         tensor_shape[axis] = size
-    return Leaf(path, shape, names, axes, tuple(tensor_shape), row.joined)
+    first, copies = names[..., 0], names[..., 1:]
+    return Leaf(path, shape, np.array(first, object), axes, tuple(tensor_shape), copies, row.joined)
 
 
 def _laid_out(leaves: list[Leaf]) -> list[Leaf]:

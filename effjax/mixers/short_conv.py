@@ -22,11 +22,13 @@ class ShortConv(nn.Module):
       width: taps of the convolution, the token itself included.
       expansion: channels of the convolution, as a multiple of d_model.
       use_bias: biases on the three linear maps.
+      conv_bias: a bias on the convolution.
     """
 
     width: int = 3
     expansion: int = 2
     use_bias: bool = True
+    conv_bias: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,5 +63,8 @@ class ShortConv(nn.Module):
         init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=0, out_axis=1)
         taps = self.param("conv", init, (self.width, channels), jnp.float32).astype(x.dtype)
         mixed, state = causal_conv(value, segment_ids, taps, state)
+        if self.conv_bias:
+            zeros = nn.initializers.zeros_init()
+            mixed += self.param("conv_bias", zeros, (channels,), jnp.float32).astype(x.dtype)
         y = nn.silu(mixed) * gate
         return Linear(d_model, self.use_bias, name="out")(y), state

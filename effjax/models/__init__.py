@@ -22,6 +22,7 @@ from effjax.models.sequence_model import (
     TextEncoder,
 )
 from effjax.models.state_size import StateSize, state_size
+from effjax.models.uptraining import uptrain
 
 __all__ = [
     "DecodeState",
@@ -34,6 +35,7 @@ __all__ = [
     "names",
     "spec",
     "state_size",
+    "uptrain",
 ]
 
 

@@ -9,6 +9,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from effjax import data, models, optim, registry
+from effjax.models.layer_tying import INITIALISATIONS
 from effjax.training import sharding
 
 
@@ -23,6 +24,8 @@ def default(model: str, **overrides: Any) -> ml_collections.ConfigDict:
     config.seed = 0
     config.model = model_config(model, **overrides)
     config.data = editable(data.DataRecipe, data.default_config())
+    # A Hugging Face folder to start from, and how its layers are tied if the model is recursive.
+    config.init_from = {"path": config_dict.placeholder(str), "initialisation": "stepwise"}
     config.objective = part_config("objective", "next_token")
     config.optimizer = optimizer_config("adamw", weight_decay=0.1, b2=0.95)
     config.training = {
@@ -114,8 +117,12 @@ def check(config: Mapping[str, Any]) -> None:
     """
     config, known = resolve(config), resolve(default("transformer"))
     _check_keys("config", config, known)
-    for section in ("training", "mesh", "evaluation"):
+    for section in ("init_from", "training", "mesh", "evaluation"):
         _check_keys(f"config.{section}", config[section], known[section])
+    initialisation = config["init_from"]["initialisation"]
+    if initialisation not in INITIALISATIONS:
+        wrong = registry.unknown("initialisation", initialisation, INITIALISATIONS)
+        raise ValueError(f"init_from.initialisation: {wrong}")
     training, batch_size = config["training"], config["data"]["batch_size"]
     for field in (
         "num_steps",

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from effjax import checkpoint, data, models, optim, registry
-from effjax.training import lowering, sharding
+from effjax.training import initial, lowering, sharding
 from effjax.training.metrics import Counts, Interval, MetricsLog
 from effjax.training.progress import Screen
 from effjax.training.state import TrainState, initialise, initialiser
@@ -270,7 +270,8 @@ class Run:
         restored = self._checkpoints.restore(abstract, self._iterator)
         if restored is None:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
-            self.state: TrainState = initialise(init, shardings)
+            params = initial.parameters(self.config, self.model, shardings.params, self.mesh)
+            self.state: TrainState = initialise(init, shardings, params)
             self.progress = Progress()
         else:
             self.state, progress = restored

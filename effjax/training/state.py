@@ -34,17 +34,25 @@ class TrainState:
         return {"params": self.params if self.ema is None else self.ema}
 
 
-def initialise(init: Callable[[], TrainState], shardings: Any = None) -> TrainState:
-    """Runs `init_state` (its arguments bound) in one compiled program that makes each array where it is to live."""
+def initialise(
+    init: Callable[..., TrainState], shardings: Any = None, params: Any = None
+) -> TrainState:
+    """Runs `init_state` (its arguments bound) in one compiled program that makes each array where it is to live.
+
+    `params`, if given, are where the run starts from; their memory becomes the state's.
+    """
     # The program runs once and is almost all random bits: on CPU, optimising its code takes longer than running it.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)()
+    program = jax.jit(
+        init, out_shardings=shardings, compiler_options=options, donate_argnames="params"
+    )
+    return program(params=params)
 
 
 def initialiser(
     model, optimizer: optax.GradientTransformation, config: Mapping[str, Any]
-) -> Callable[[], TrainState]:
-    """`init_state` with its arguments bound to what a resolved config says."""
+) -> Callable[..., TrainState]:
+    """`init_state` with its arguments, but for `params`, bound to what a resolved config says."""
     return functools.partial(
         init_state,
         model,
@@ -56,7 +64,13 @@ def initialiser(
 
 
 def init_state(
-    model, optimizer: optax.GradientTransformation, *, seq_len: int, seed: int, ema: bool
+    model,
+    optimizer: optax.GradientTransformation,
+    *,
+    seq_len: int,
+    seed: int,
+    ema: bool,
+    params: Any = None,
 ) -> TrainState:
     """The state before the first step; pure, so that it can be traced for shapes or jitted with shardings.
 
@@ -66,9 +80,11 @@ def init_state(
       seq_len: tokens a row.
       seed: all randomness of the run.
       ema: whether to keep an average of the parameters.
+      params: where the run starts from; None: random parameters.
     """
     init_key, rng = jax.random.split(jax.random.key(seed))
-    params = model.init(init_key, jnp.zeros((1, seq_len), jnp.int32))["params"]
+    if params is None:
+        params = model.init(init_key, jnp.zeros((1, seq_len), jnp.int32))["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

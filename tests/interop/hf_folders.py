@@ -1,4 +1,4 @@
-"""The recorded folders (`tests/fixtures/record_hf.py`), and folders made from them."""
+"""The recorded folders (`tests/fixtures/record_hf.py` and those of authors' code), and folders made from them."""
 
 import json
 import shutil

@@ -15,7 +15,7 @@ from effjax.heads import Untied
 from effjax.interop import InteropError, families, load_hf, save_hf
 from effjax.interop.architecture import spelled_out
 from effjax.interop.entries import Entries
-from effjax.mixers import Attention, Mamba2, SlidingWindow
+from effjax.mixers import Attention, Mamba2, ShortConv, SlidingWindow, TaylorLinear
 from effjax.models import DecoderLM
 from effjax.nn import LayerNorm, RMSNorm, TokenEmbedding
 
@@ -106,6 +106,14 @@ def test_what_goes_along_with_the_model(tmp_path):
             },
             "GPT2LMHeadModel",
         ),
+        ({"depth": Recursive(2, "cycle")}, "MoRLlamaForCausalLM"),
+        (
+            {
+                "mixers": (ShortConv(conv_bias=True), TaylorLinear(), SlidingWindow(window=4)),
+                "ffn": Gated(256, "sigmoid"),
+            },
+            "GPTLMHeadModel",
+        ),
         (
             {
                 "norm": RMSNorm(zero_centred=True),
@@ -139,7 +147,10 @@ def test_the_architecture_is_the_first_that_expresses_the_model(fields, architec
             {"ffn": Dense()},
             r"no architecture .*nearest, LlamaForCausalLM, cannot express ffn=.*'dense'",
         ),
-        ({"depth": Recursive(2, "cycle")}, "cannot express depth=.*'recursive'"),
+        (
+            {"depth": Recursive(2, "cycle"), "mixers": (Mamba2(head_dim=4),), "ffn": None},
+            "cannot express depth=.*'recursive'",
+        ),
         (
             {"ffn": Gated(activation="relu2", use_bias=True), "mixers": (Attention(window=3),)},
             "cannot express",

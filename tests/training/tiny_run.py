@@ -39,6 +39,11 @@ def write_text(folder, rng, num_files=12):
 def make_config(text_folder, model="transformer", num_layers=1, **training):
     """d_model 16, 12 steps; `training` overrides fields of that section."""
     config = configs.default(model, d_model=16, num_layers=num_layers)
+    return on_text(config, text_folder, **training)
+
+
+def on_text(config, text_folder, **training):
+    """A config with 12 steps on a text; `training` overrides fields of that section."""
     source = {"paths": f"{text_folder}/*.txt", "heldout_fraction": 0.3}
     config.data.source = configs.part_config("source", "text", **source)
     config.data.update(seq_len=16, batch_size=4, shuffle_window=8)

@@ -3,14 +3,14 @@
 from effjax.interop.architecture import Architecture
 from effjax.interop.entries import Entries
 from effjax.interop.error import InteropError
-from effjax.interop.families import bert, gemma, gpt2, llama, mamba, mixture
+from effjax.interop.families import based, bert, gemma, gpt2, llama, mamba, mixture, mor
 from effjax.models import SequenceModel
 from effjax.registry import unknown
 
 # A model that several can express is written as the first of them.
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture
-    for family in (llama, mixture, gemma, mamba, gpt2, bert)
+    for family in (llama, mixture, gemma, mamba, gpt2, bert, based, mor)
     for architecture in family.ARCHITECTURES
 }
 
@@ -23,10 +23,15 @@ def names() -> list[str]:
 def of_config(entries: Entries) -> Architecture:
     """The architecture of a config: the one that it names, or that of its `model_type` if it names none.
 
+    An entry that only one architecture has goes before both: some authors' code names another, or none.
+
     Raises:
       InteropError: if that is none of ours, naming it, the nearest of ours and all of them.
     """
     named = entries.get("architectures", list | None, None)
+    for architecture in ARCHITECTURES.values():
+        if architecture.known_by in entries.values:
+            return architecture
     if named:
         return _lookup(str(named[0]), entries.where)
     model_type = entries.get("model_type", str)

@@ -34,14 +34,16 @@ def _write(model: SequenceModel) -> dict[str, Any]:
     return {**write_decoder(model), "intermediate_size": model.ffn.hidden_dim}
 
 
-def _read_llama(entries: Entries) -> DecoderLM:
+def read_llama(entries: Entries) -> DecoderLM:
+    """The model of a Llama's config."""
     bias = entries.get("attention_bias", bool, False)
     attention = read_attention(entries, **read_rope(entries), qkv_bias=bias, out_bias=bias)
     ffn = _feed_forward(entries, entries.get("mlp_bias", bool, False))
     return read_decoder(entries, (attention,), ffn, read_norm(entries, 1e-6))
 
 
-def _write_llama(model: SequenceModel) -> dict[str, Any]:
+def write_llama(model: SequenceModel) -> dict[str, Any]:
+    """The entries of `read_llama`."""
     biases = {"attention_bias": model.mixers[0].qkv_bias, "mlp_bias": model.ffn.use_bias}
     return {**_write(model), **biases}
 
@@ -88,7 +90,7 @@ def _write_qwen3(model: SequenceModel) -> dict[str, Any]:
 _COMMON = {"table": (*TABLE, *FEED_FORWARD), "parts": {**PARTS, "ffn": (Gated,)}, "unused": UNUSED}
 
 ARCHITECTURES = (
-    Architecture("LlamaForCausalLM", "llama", read=_read_llama, write=_write_llama, **_COMMON),
+    Architecture("LlamaForCausalLM", "llama", read=read_llama, write=write_llama, **_COMMON),
     Architecture(
         "MistralForCausalLM", "mistral", read=_read_mistral, write=_write_mistral, **_COMMON
     ),
