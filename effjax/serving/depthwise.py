@@ -99,7 +99,7 @@ def admit(
     model: SequenceModel,
     variables: Any,
     batch: Travelling,
-    row: Int[Array, ""],
+    rows: Int[Array, " K"],
     prompts: Int[Array, "K T"],
     lengths: Int[Array, " K"],
     keys: Key[Array, " K"],
@@ -113,7 +113,7 @@ def admit(
       model: the model of the batch.
       variables: its variables.
       batch: from `empty`, or from a step.
-      row: the first of K rows that have stopped.
+      rows: K rows that have stopped.
       prompts: token ids, padding behind them.
       lengths: tokens of each prompt.
       keys: one a text; its n-th token is drawn by the key folded with n.
@@ -144,7 +144,6 @@ def admit(
         is_token=~new.stopped,
         state=new.state.replace(layers=layers),
     )
-    rows = row + jnp.arange(len(lengths), dtype=jnp.int32)
     write = lambda old, values: old.at[rows].set(values)  # noqa: E731
     state = state.replace(
         layers=model.depth.put(model.stack(), state.layers, new_state.layers, rows),
