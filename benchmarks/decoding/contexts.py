@@ -31,6 +31,12 @@ def build(name: str, max_length: int) -> SequenceModel:
     return models.create(**MODELS[name], **SIZE, max_seq_len=max_length)
 
 
+@functools.cache
+def variables_of(name: str) -> Any:
+    """Those of one of `MODELS`, which are the same for every context."""
+    return jax.jit(build(name, 1).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))
+
+
 def aged(model: SequenceModel, batch_size: int, context: int, max_length: int) -> DecodeState:
     """A decode state as `context` tokens leave it; keys, values and sums are random: time does not depend on them."""
     state = model.init_state(batch_size, max_length)
@@ -63,8 +69,7 @@ class Decoder:
     def __init__(self, name: str, batch_size: int, context: int, steps: int):
         max_length = context + steps
         model = build(name, max_length)
-        tokens = jnp.zeros((batch_size, 1), jnp.int32)
-        self._variables = jax.jit(model.init)(jax.random.key(0), tokens)
+        self._variables = variables_of(name)
         self._steps = steps
         self._fresh = functools.partial(aged, model, batch_size, context, max_length)
         self._step = jax.jit(functools.partial(_step, model), donate_argnums=1)
