@@ -6,7 +6,6 @@ all of them alike.
 """
 
 import functools
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from matplotlib.figure import Figure
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.publish import publish
 from effjax import pytree
 from effjax.ffn import AdaMoE
 from effjax.mixers import Attention
@@ -65,13 +64,7 @@ def main(argv):
         "length": _LENGTH.value,
         "rows": rows,
     }
-    out = Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n")
-    draw(report, out.with_suffix(".png"))
-    console = Console()
-    console.print(table(report))
-    console.print(f"wrote {out} and {out.with_suffix('.png')}")
+    publish(report, _OUT.value, draw, table)
 
 
 class Timed:

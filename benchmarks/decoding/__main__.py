@@ -3,7 +3,6 @@
 Models take turns at each context, so that a change of the machine's speed reaches all of them alike.
 """
 
-import json
 import statistics
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.decoding.contexts import MODELS, SIZE, Decoder, crossover
+from benchmarks.publish import publish
 
 _CONTEXTS = flags.DEFINE_list(
     "contexts", [str(2**n) for n in range(8, 16)], "Tokens before the one that is decoded."
@@ -44,13 +44,7 @@ def main(argv):
         "rows": rows,
         "crossover": {name: _crossover(rows, name) for name in MODELS if name != "attention"},
     }
-    out = Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n")
-    draw(report, out.with_suffix(".png"))
-    console = Console()
-    console.print(table(report))
-    console.print(f"wrote {out} and {out.with_suffix('.png')}")
+    publish(report, _OUT.value, draw, table)
 
 
 def measure(context: int) -> dict:

@@ -4,7 +4,6 @@ The ways take turns, so that a change of the machine's speed reaches all of them
 and a "recursive" model that `train.py` has trained at one size, it does the same with these.
 """
 
-import json
 import statistics
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.depthwise.texts import Way, Workload, build, random_variables, steered
+from benchmarks.publish import publish
 from effjax import data
 from effjax.evaluation.run import restore
 from effjax.serving import DepthwiseGeneration
@@ -58,13 +58,7 @@ def main(argv):
         "num_tokens": _TOKENS.value,
         **(trained() if _WORKDIRS.value else swept()),
     }
-    out = Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n")
-    draw(report, out.with_suffix(".png"))
-    console = Console()
-    console.print(table(report))
-    console.print(f"wrote {out} and {out.with_suffix('.png')}")
+    publish(report, _OUT.value, draw, table)
 
 
 def swept() -> dict:

@@ -4,7 +4,6 @@ The ways take turns, so that a change of the machine's speed reaches all of them
 """
 
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.publish import publish
 from benchmarks.speculative.training import Trained, build, prompts, train
 from effjax.serving import Generation, Sampling, early_exit, generate, speculate
 
@@ -58,13 +58,7 @@ def main(argv):
         "exit_layers": _EXIT_LAYERS.value,
         "rows": rows,
     }
-    out = Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=2) + "\n")
-    draw(report, out.with_suffix(".png"))
-    console = Console()
-    console.print(table(report))
-    console.print(f"wrote {out} and {out.with_suffix('.png')}")
+    publish(report, _OUT.value, draw, table)
 
 
 def ways(target: Trained, draft: Trained) -> dict[tuple[str, int], Decode]:
