@@ -21,7 +21,8 @@ from safetensors.flax import load_file, save_file
 
 from effjax.interop.error import InteropError
 from effjax.interop.shards import SINGLE_FILE, some
-from effjax.interop.table import flatten
+from effjax.interop.table import parameter_shapes
+from effjax.interop.variables import arrays_of, check_arrays
 from effjax.models import SequenceModel
 
 MANIFEST = "export.json"
@@ -73,7 +74,8 @@ def save_export(
         raise InteropError(f"platforms has {unknown}; valid: of {list(PLATFORMS)}")
     if not platforms:
         raise InteropError(f"platforms is empty; valid: of {list(PLATFORMS)}")
-    params = flatten(variables["params"])
+    params = arrays_of(variables)
+    check_arrays(params, parameter_shapes(model))
     programs = {name: _traced(name, model, params, batch_size, length) for name in platforms}
     folder.mkdir(parents=True, exist_ok=True)
     for name, program in programs.items():

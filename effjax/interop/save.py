@@ -13,8 +13,9 @@ from effjax.interop import families
 from effjax.interop.entries import CONFIG_FILE, Entries, read_config
 from effjax.interop.error import InteropError
 from effjax.interop.neutral import NEUTRAL
-from effjax.interop.shards import DTYPES, some, write_shards
-from effjax.interop.table import Leaf, bind, flatten
+from effjax.interop.shards import some, write_shards
+from effjax.interop.table import Leaf, bind
+from effjax.interop.variables import arrays_of, check_arrays
 from effjax.models import SequenceModel
 
 # What a folder has besides the model: all that the tokenizer is, and how to generate.
@@ -69,9 +70,9 @@ def save_hf(
     before = _entries(source)
     known = families.of_model(model, architecture or _architecture(before))
     config = {**_carried(before), **known.config(model)}
-    arrays = _arrays(variables)
+    arrays = arrays_of(variables)
     leaves = bind(known.table, model, known.layers(model))
-    _check_arrays(arrays, {leaf.path: leaf.shape for leaf in leaves})
+    check_arrays(arrays, {leaf.path: leaf.shape for leaf in leaves})
     config["torch_dtype"] = str(arrays["embed/embedding"].dtype)
     parts = _placed(leaves, arrays)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,31 +118,6 @@ def _write_tensors(
         return math.prod(first.tensor_shape) * arrays[first.path].dtype.itemsize
 
     write_shards(folder, {name: num_bytes(name) for name in sorted(parts)}, tensor, max_bytes)
-
-
-def _arrays(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of the variables by path."""
-    if set(variables) != {"params"}:
-        raise InteropError(f"variables has {sorted(variables)}; valid: 'params' alone")
-    return flatten(variables["params"])
-
-
-def _check_arrays(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """The arrays are those of the model, and can be stored."""
-    wrong = sorted(arrays.keys() ^ shapes.keys())
-    wrong += [
-        f"{path} of shape {arrays[path].shape} and not {shape}"
-        for path, shape in shapes.items()
-        if path in arrays and arrays[path].shape != shape
-    ]
-    if wrong:
-        raise InteropError(
-            f"the variables are not those of the model; they differ in {some(wrong)}"
-        )
-    storable = {np.dtype(dtype) for dtype in DTYPES.values()}
-    odd = [f"{p} is {a.dtype}" for p, a in arrays.items() if np.dtype(a.dtype) not in storable]
-    if odd:
-        raise InteropError(f"dtypes that cannot be stored: {some(odd)}; valid: floating point")
 
 
 def _check_vacant(folder: Path) -> None:

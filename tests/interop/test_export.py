@@ -72,6 +72,9 @@ def test_errors(adamoe, folder, tmp_path):
         save_export(tmp_path / "a", *adamoe, batch_size=1, length=65)
     with pytest.raises(InteropError, match=r"platforms has \['rocm'\]; valid: of \['cpu'"):
         save_export(tmp_path / "a", *adamoe, batch_size=1, length=4, platforms=["rocm"])
+    model, variables = adamoe
+    with pytest.raises(InteropError, match="the variables are not those of the model"):
+        save_export(tmp_path / "a", model.clone(num_layers=2), variables, batch_size=1, length=4)
     assert not (tmp_path / "a").exists()
     with pytest.raises(InteropError, match=r"export\.json is no manifest"):
         load_export(tmp_path)
