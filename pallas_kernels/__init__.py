@@ -1,8 +1,8 @@
 """Attention, scan and mixture-of-experts kernels for JAX: one folder an op, one file a backend.
 
 Every op is a pure function that works under `jax.jit`, `jax.vmap`, `jax.remat` and `jax.shard_map`, and all but those
-of decoding are differentiable by a custom VJP; `implementation=None` takes the best for the platform. `OPS` lists them
-with their implementations.
+of decoding are differentiable by a custom VJP; `implementation=None` takes the best for the platform. Those over time
+take an `axis_name`, where a mesh splits it. `OPS` lists them with their implementations.
 """
 
 from pallas_kernels import attention as _attention

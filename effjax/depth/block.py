@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
-from effjax.nn import scalars
+from effjax.nn import constrain, scalars
 from effjax.registry import unknown
 
 NORM_ORDERS = ("pre", "post", "sandwich")
@@ -78,7 +78,7 @@ class Block(nn.Module):
             update, ffn_aux = self.ffn(before, mask=segment_ids > 0, train=train)
             x = self._added(self.ffn_norm, self.ffn_out_norm, x, update)
             aux.append(ffn_aux)
-        x = nn.with_logical_constraint(x, ("batch", "length", None))
+        x = constrain(x, "batch length _")
         return x, state, scalars.combine(aux)
 
     def _before(self, norm: nn.Module, x):

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.depth.router import Router
-from effjax.depth.subset import Subset
+from effjax.depth.subset import Subset, slots_for
 from effjax.nn import scalars
 from effjax.registry import register, unknown
 from effjax.routing.balance import token_mean
@@ -134,7 +134,7 @@ class ExpertChoice(nn.Module):
                 chosen = highest(logits, active, capacities_of_row(capacity, real))
                 report |= self._supervise(decision, chosen, active)
                 agreed &= decided == chosen
-                size = int(capacity_table(capacity, x.shape[1])[-1])
+                size = slots_for(int(capacity_table(capacity, x.shape[1])[-1]), x.shape[1])
             else:
                 chosen, size = decided, x.shape[1]
             subset = Subset.of(chosen, size)

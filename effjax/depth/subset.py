@@ -5,6 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
+# Slots of long rows come in tiles of so many, which matrix units and meshes divide.
+TILE, LONG = 128, 1024
+
 
 @flax.struct.dataclass
 class Subset:
@@ -42,6 +45,11 @@ class Subset:
     def spread(self, values: Shaped[Array, "B K ..."]) -> Shaped[Array, "B T ..."]:
         """The values back at their tokens; zeros at tokens that are not in the subset."""
         return _transfer(values, self.slot, self.token)
+
+
+def slots_for(count: int, length: int) -> int:
+    """Slots K for up to `count` tokens of rows of `length`: as many, or in long rows a few more that stay empty."""
+    return count if length < LONG else min(length, -(-count // TILE) * TILE)
 
 
 @jax.custom_vjp

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from effjax.depth.router import Router
-from effjax.depth.subset import Subset
+from effjax.depth.subset import Subset, slots_for
 from effjax.nn import scalars
 from effjax.registry import register, unknown
 from effjax.routing.balance import load, load_balancing_loss, loss_free_bias_loss, token_mean
@@ -81,7 +81,7 @@ class TokenChoice(nn.Module):
         gate = self._gate(gates, depth)
         start, reports = x, [report]
         for r, size in enumerate(sizes):
-            subset = Subset.of(depth > r, size)
+            subset = Subset.of(depth > r, slots_for(size, x.shape[1]))
             y, caches, aux = recurse(r, x, subset, caches)
             y = subset.spread(y)
             ends = start + gate[..., None].astype(y.dtype) * y

@@ -227,7 +227,7 @@ class Attention(nn.Module):
         return decode(q, kv.k.astype(q.dtype), kv.v.astype(q.dtype), lengths, kv.page_table)
 
     def _attention(self, q, k, v, segment_ids, positions):
-        def attend(q, k, v, segment_ids, positions):
+        def attend(q, k, v, segment_ids, positions, axis_name=None):
             return pallas_kernels.attention(
                 q,
                 k,
@@ -238,9 +238,10 @@ class Attention(nn.Module):
                 positions=positions,
                 scale=self.logits_scale,
                 logits_soft_cap=self.logits_soft_cap,
+                axis_name=axis_name,
                 implementation=self.implementation,
             )
 
-        heads, tokens = "batch _ heads _", "batch _"
+        heads, tokens = "batch length heads _", "batch length"
         attend = on_shards(attend, (heads, heads, heads, tokens, tokens), heads)
         return attend(q, k, v, segment_ids, positions)

@@ -108,18 +108,19 @@ class Mamba(nn.Module):
         return Linear(d_model, name="out")(y), MambaState(conv, scan)
 
     def _scan(self, arguments, segment_ids, before):
-        def scan(arguments, segment_ids, before):
+        def scan(arguments, segment_ids, before, axis_name=None):
             return selective_scan(
                 *arguments,
                 segment_ids=segment_ids,
                 initial_state=before,
                 return_state=True,
+                axis_name=axis_name,
                 implementation=self.implementation,
             )
 
-        channels, states, memory = "batch _ mlp", "batch _ _", "batch mlp _"
+        channels, states, memory = "batch length mlp", "batch length _", "batch mlp _"
         axes = (channels, channels, "mlp _", states, states, "mlp", channels)
-        scan = on_shards(scan, (axes, "batch _", memory), (channels, memory))
+        scan = on_shards(scan, (axes, "batch length", memory), (channels, memory))
         return scan(arguments, segment_ids, before)
 
     def _selection(self, u, d_model):

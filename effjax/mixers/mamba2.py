@@ -114,20 +114,21 @@ class Mamba2(nn.Module):
         return Linear(d_model, name="out")(y), MambaState(conv, scan)
 
     def _scan(self, arguments, segment_ids, before):
-        def scan(arguments, segment_ids, before):
+        def scan(arguments, segment_ids, before, axis_name=None):
             return ssd_scan(
                 *arguments,
                 segment_ids=segment_ids,
                 initial_state=before,
                 return_state=True,
+                axis_name=axis_name,
                 implementation=self.implementation,
             )
 
-        heads, memory = "batch _ heads _", "batch heads _ _"
+        heads, memory = "batch length heads _", "batch heads _ _"
         # One group serves the heads of every device; several are split as the heads are.
-        groups = "batch _ _ _" if self.num_groups == 1 else heads
-        axes = (heads, "batch _ heads", "heads", groups, groups, "heads")
-        scan = on_shards(scan, (axes, "batch _", memory), (heads, memory))
+        groups = "batch length _ _" if self.num_groups == 1 else heads
+        axes = (heads, "batch length heads", "heads", groups, groups, "heads")
+        scan = on_shards(scan, (axes, "batch length", memory), (heads, memory))
         return scan(arguments, segment_ids, before)
 
     def _convolved(self, x, segment_ids, conv_before):

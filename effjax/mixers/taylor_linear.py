@@ -112,7 +112,7 @@ class TaylorLinear(nn.Module):
         return heads if self.rope_base is None else rotary(heads, positions, self.rope_base)
 
     def _attend(self, q, k, v, segment_ids, before):
-        def attend(q, k, v, segment_ids, before):
+        def attend(q, k, v, segment_ids, before, axis_name=None):
             return linear_attention(
                 q,
                 k,
@@ -123,9 +123,11 @@ class TaylorLinear(nn.Module):
                 eps=self.eps,
                 initial_state=before,
                 return_state=True,
+                axis_name=axis_name,
                 implementation=self.implementation,
             )
 
-        heads, sums = "batch _ heads _", LinearAttentionState("batch heads _ _", "batch heads _")
-        attend = on_shards(attend, (heads, heads, heads, "batch _", sums), (heads, sums))
+        heads, tokens = "batch length heads _", "batch length"
+        sums = LinearAttentionState("batch heads _ _", "batch heads _")
+        attend = on_shards(attend, (heads, heads, heads, tokens, sums), (heads, sums))
         return attend(q, k, v, segment_ids, before)

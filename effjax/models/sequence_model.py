@@ -13,7 +13,7 @@ from effjax.depth import Block, Depthwise, Journey, Plain, Stack, fresh
 from effjax.ffn import Gated
 from effjax.heads import Tied
 from effjax.mixers import Attention
-from effjax.nn import RMSNorm, TokenEmbedding, scalars
+from effjax.nn import RMSNorm, TokenEmbedding, constrain, scalars
 from effjax.registry import describe
 
 
@@ -166,7 +166,7 @@ class SequenceModel(nn.Module):
         """
         positions, segment_ids = self._check_inputs(tokens, positions, segment_ids, state, train)
         x, table = self.embed(tokens, positions, sizes=self.sizes, dtype=self.dtype)
-        x = nn.with_logical_constraint(x, ("batch", "length", None))
+        x = constrain(x, "batch length _")
         x, layers, aux = self.depth(
             self.stack(),
             x,

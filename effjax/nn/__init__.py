@@ -4,7 +4,7 @@ from effjax.nn import scalars
 from effjax.nn.linear import Embed, Linear
 from effjax.nn.norm import LayerNorm, RMSNorm
 from effjax.nn.rotary import rotary
-from effjax.nn.shards import on_shards
+from effjax.nn.shards import constrain, on_shards
 from effjax.nn.token_embedding import TokenEmbedding
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Linear",
     "RMSNorm",
     "TokenEmbedding",
+    "constrain",
     "on_shards",
     "rotary",
     "scalars",

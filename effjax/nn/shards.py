@@ -1,4 +1,4 @@
-"""Kernels on a mesh: each device runs them on the rows and heads that it holds.
+"""Kernels on a mesh: each device runs them on the rows, heads and stretch of time that it holds.
 
 The compiler splits what is written in its own operations, but not a kernel, which is a black box to it.
 """
@@ -24,7 +24,8 @@ def on_shards(function: Callable, axes: tuple, out_axes: Any) -> Callable:
     where a device sees only its share already, the function is called as it is.
 
     Args:
-      function: a function of arrays in which shares along the named axes have nothing to do with each other.
+      function: a function of arrays in which shares along the named axes have nothing to do with each other. For those
+        along "length" the function has to see to it: where they are split it is given `axis_name`, the mesh axis.
       axes: for each argument the logical axes of its dimensions, "_" where it is whole: "batch _ heads _". A pytree of
         arrays takes a pytree of these, or one for all; None is passed on.
       out_axes: the same for the result.
@@ -33,24 +34,63 @@ def on_shards(function: Callable, axes: tuple, out_axes: Any) -> Callable:
     @functools.wraps(function)
     def call(*arguments):
         mesh = jax.sharding.get_abstract_mesh()
-        rules = {axis: to for axis, to in nn.get_logical_axis_rules() if to is not None}
-        auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
-        if mesh.empty or mesh.size == 1 or not rules or not auto:
+        rules = _rules(mesh)
+        if not _is_split(mesh, rules):
             return function(*arguments)
         given = (None if x is None else name for name, x in zip(axes, arguments, strict=True))
         names = jax.tree.broadcast(tuple(given), arguments)
         for name in _not_divided(names, arguments, rules, mesh):
             del rules[name]
         spec = functools.partial(_spec, rules)
+        local, time = function, rules.get("length", ())
+        if math.prod(mesh.shape[axis] for axis in time) > 1 and _is_named("length", names):
+            (axis_name,) = time
+            local = functools.partial(function, axis_name=axis_name)
         return jax.shard_map(
-            function, in_specs=jax.tree.map(spec, names), out_specs=jax.tree.map(spec, out_axes)
+            local, in_specs=jax.tree.map(spec, names), out_specs=jax.tree.map(spec, out_axes)
         )(*arguments)
 
     return call
 
 
+def constrain(x: jax.Array, axes: str) -> jax.Array:
+    """States which share of an array each device of the mesh in use works on; x as it is where `on_shards` calls as is.
+
+    Args:
+      x: an array.
+      axes: the logical axes of its dimensions, as for `on_shards`. One that does not divide its dimension is not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    rules = _rules(mesh)
+    if not _is_split(mesh, rules):
+        return x
+    for name in _not_divided((axes,), (x,), rules, mesh):
+        del rules[name]
+    return jax.lax.with_sharding_constraint(x, _spec(rules, axes))
+
+
+def _is_split(mesh, rules: dict) -> bool:
+    """Whether a program is split over several devices by the compiler, and not by its author."""
+    auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
+    return not mesh.empty and mesh.size > 1 and bool(rules) and auto
+
+
+def _rules(mesh) -> dict[str, tuple[str, ...]]:
+    """The mesh axes that each logical axis is split over, as far as the mesh has them."""
+    rules = {}
+    for axis, over in nn.get_logical_axis_rules():
+        over = (over,) if isinstance(over, str) else over or ()
+        if over and set(over) <= set(mesh.axis_names):
+            rules[axis] = tuple(over)
+    return rules
+
+
 def _spec(rules: dict, axes: str) -> PartitionSpec:
     return PartitionSpec(*(rules.get(name) for name in axes.split()))
+
+
+def _is_named(axis: str, names: tuple) -> bool:
+    return any(axis in axes.split() for axes in jax.tree.leaves(names))
 
 
 def _not_divided(names: tuple, arguments: tuple, rules: dict, mesh) -> set[str]:
@@ -58,9 +98,7 @@ def _not_divided(names: tuple, arguments: tuple, rules: dict, mesh) -> set[str]:
     leaves = zip(jax.tree.leaves(names), jax.tree.leaves(arguments), strict=True)
     for axes, array in leaves:
         for name, size in zip(axes.split(), array.shape, strict=True):
-            split_over = rules.get(name, ())
-            split_over = (split_over,) if isinstance(split_over, str) else split_over
-            parts = math.prod(mesh.shape[axis] for axis in split_over)
+            parts = math.prod(mesh.shape[axis] for axis in rules.get(name, ()))
             if size % parts and name not in found:
                 found.add(name)
                 _warn(name, size, parts)
@@ -69,6 +107,4 @@ def _not_divided(names: tuple, arguments: tuple, rules: dict, mesh) -> set[str]:
 
 @functools.cache
 def _warn(name: str, size: int, parts: int) -> None:
-    logger.warning(
-        "axis %r of size %d is kept whole in a kernel: %d parts do not divide it", name, size, parts
-    )
+    logger.warning("axis %r of size %d is kept whole: %d parts do not divide it", name, size, parts)

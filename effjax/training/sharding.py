@@ -16,7 +16,7 @@ from effjax import pytree
 
 logger = logging.getLogger(__name__)
 
-MESH_AXES = ("data", "fsdp", "tensor", "expert")
+MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 # Logical axes of the trailing dimensions of each parameter; leading ones (scanned layers) are not split.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -44,12 +44,12 @@ AXIS_RULES: tuple[tuple[str, Any], ...] = (
     ("heads", "tensor"),
     ("mlp", "tensor"),
     ("expert", "expert"),
-    ("length", None),
+    ("length", "context"),  # rows too long for one device
 )
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with the axes data, fsdp, tensor and expert.
+    """A mesh with the axes of `MESH_AXES`.
 
     Args:
       sizes: size of each axis; absent axes are 1, and at most one may be -1: all the devices that are left.

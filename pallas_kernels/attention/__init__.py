@@ -1,11 +1,12 @@
 """Attention: signature, validation and dispatch; the implementations are files of their own."""
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import reference, tpu, xla
+from pallas_kernels.attention import reference, ring, tpu, xla
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.checks import check_positive_int
 from pallas_kernels.dispatch import call, kernels_or_xla
@@ -27,6 +28,7 @@ def attention(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     return_lse: bool = False,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Softmax attention with grouped-query heads, softmax(scale q kᵀ) v over the keys that a query may see.
@@ -49,6 +51,9 @@ def attention(
         scale: factor on the logits; 1/sqrt(D) by default.
         logits_soft_cap: c of logits <- c tanh(logits / c), applied after `scale`; None: none.
         return_lse: also return the log-sum-exp of the logits.
+        axis_name: inside of `jax.shard_map`, the mesh axis that time is split over: each device has its share of the
+            queries and of the keys, in the order of the axis, and the queries see the keys of all (`ring`). None: every
+            device has all of its keys.
         implementation: "tpu" (Pallas, Mosaic), "gpu" (Pallas, Mosaic GPU: Hopper, bfloat16), "triton" (Triton: GPUs
             since Ampere), "xla", "reference", or "tpu_interpret", "gpu_interpret" and "triton_interpret", the
             kernels run anywhere by the interpreters of Pallas and Triton; None takes the best for this platform and
@@ -64,22 +69,32 @@ def attention(
     _check_arrays(q, k, v)
     _check_options(causal, window, logits_soft_cap)
     segments = _pair("segment_ids", segment_ids, q, k) or (None, None)
-    in_order = tuple(jnp.arange(-x.shape[1], 0, dtype=jnp.int32)[None] for x in (q, k))
-    ordered = _pair("positions", positions, q, k) or in_order
-    out, lse = call(
-        "attention",
-        IMPLEMENTATIONS,
-        implementation,
-        q,
-        k,
-        v,
-        Tokens(ordered[0], segments[0]),
-        Tokens(ordered[1], segments[1]),
-        mask=Mask(q.shape[1], k.shape[1], causal, window, is_ordered=positions is None),
+    positions = _pair("positions", positions, q, k) or (None, None)
+    queries, keys = map(Tokens, positions, segments)
+    attend = functools.partial(
+        _attend,
         scale=1 / math.sqrt(q.shape[-1]) if scale is None else float(scale),
         logits_soft_cap=None if logits_soft_cap is None else float(logits_soft_cap),
+        implementation=implementation,
     )
+    if axis_name is not None:
+        attend = functools.partial(ring.attention, attend, axis_name=axis_name)
+    out, lse = attend(q, k, v, queries, keys, causal=causal, window=window)
     return (out, lse) if return_lse else out
+
+
+def _attend(q, k, v, queries: Tokens, keys: Tokens, *, causal, window, implementation, **options):
+    """`(out, lse)`; where the tokens have no positions, these are in index order."""
+    is_ordered = queries.position is None
+    if is_ordered:
+        queries, keys = (
+            tokens._replace(position=jnp.arange(-x.shape[1], 0, dtype=jnp.int32)[None])
+            for tokens, x in ((queries, q), (keys, k))
+        )
+    mask = Mask(q.shape[1], k.shape[1], causal, window, is_ordered)
+    return call(
+        "attention", IMPLEMENTATIONS, implementation, q, k, v, queries, keys, mask=mask, **options
+    )
 
 
 def _check_arrays(q, k, v) -> None:

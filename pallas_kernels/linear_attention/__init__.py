@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.carried import across_shards
 from pallas_kernels.checks import check_positive_int, check_segment_ids
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.linear_attention import feature_maps, reference, tpu, xla
@@ -35,6 +36,7 @@ def linear_attention(
     eps: float = 1e-12,
     initial_state: LinearAttentionState | None = None,
     return_state: bool = False,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, LinearAttentionState]:
     """Causal linear attention, out_t = Σ_{s<=t} w_ts v_s / (Σ_{s<=t} w_ts + eps) with w_ts = φ(q_t) · φ(k_s).
@@ -58,6 +60,10 @@ def linear_attention(
         eps: added to the sum of the weights; positive, so that padding, which sees nothing, has out 0.
         initial_state: state of the tokens before, which are of the first segment of each row; None: none.
         return_state: also return the state after the last token, which is that of the last segment of each row.
+        axis_name: inside of `jax.shard_map`, the mesh axis that time is split over: each device has its share of the
+            tokens, in the order of the axis, and the states pass between them (`pallas_kernels.carried`), at twice the
+            work. `initial_state` and the returned state are those before the first and after the last token of all,
+            the same on every device. None: every device has whole rows.
         implementation: "tpu" (Pallas, Mosaic), "gpu" (Pallas, Mosaic GPU: Hopper, bfloat16), "triton" (Triton: GPUs
             since Ampere), "xla", "reference", or "tpu_interpret", "gpu_interpret" and "triton_interpret", the
             kernels run anywhere by the interpreters of Pallas and Triton; None takes the best for this platform and
@@ -77,20 +83,34 @@ def linear_attention(
     state = initial_state
     if state is not None:
         state = _check_state(state, q, v, feature_map)
-    out, state = call(
-        "linear_attention",
-        IMPLEMENTATIONS,
-        implementation,
-        q,
-        k,
-        v,
-        None if segment_ids is None else runs(jnp.asarray(segment_ids)),
-        state,
-        feature_map=feature_map,
-        chunk_size=chunk_size,
-        normalize=normalize,
-        eps=float(eps),
-    )
+    if segment_ids is not None:
+        segment_ids = jnp.asarray(segment_ids)
+
+    def scan(state):
+        return call(
+            "linear_attention",
+            IMPLEMENTATIONS,
+            implementation,
+            q,
+            k,
+            v,
+            None if segment_ids is None else runs(segment_ids),
+            state,
+            feature_map=feature_map,
+            chunk_size=chunk_size,
+            normalize=normalize,
+            eps=float(eps),
+        )
+
+    if axis_name is None:
+        out, state = scan(state)
+    else:
+        if state is None:
+            dtype = jnp.promote_types(q.dtype, jnp.float32)
+            heads = (q.shape[0], *q.shape[2:], v.shape[3])
+            state = LinearAttentionState.zeros(*heads, feature_map, dtype)
+        kept = jax.tree.map(lambda x: jnp.ones((), x.dtype), state)
+        out, state = across_shards(scan, state, segment_ids, axis_name, decay=kept)
     return (out, state) if return_state else out
 
 

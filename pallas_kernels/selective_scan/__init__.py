@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.carried import across_shards
 from pallas_kernels.checks import check_array, check_same_dtype, check_segment_ids
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.segments import resets
@@ -29,6 +30,7 @@ def selective_scan(
     segment_ids: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     return_state: bool = False,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """A linear recurrence for each channel, whose step, input and output depend on the token.
@@ -51,6 +53,10 @@ def selective_scan(
         initial_state: float [B, E, N], the state after the tokens before, which are of the first segment of each
             row; None: zeros.
         return_state: also return the state after the last token.
+        axis_name: inside of `jax.shard_map`, the mesh axis that time is split over: each device has its share of the
+            tokens, in the order of the axis, and the states pass between them (`pallas_kernels.carried`), at twice the
+            work. `initial_state` and the returned state are those before the first and after the last token of all,
+            the same on every device. None: every device has whole rows.
         implementation: "tpu" (Pallas, Mosaic), "gpu" (Pallas, Mosaic GPU: Hopper), "xla", "reference", or
             "tpu_interpret" and "gpu_interpret", the kernels run anywhere by Pallas' interpreters; None takes the best
             for this platform and these arguments, and "gpu" only by name.
@@ -71,8 +77,16 @@ def selective_scan(
     if segment_ids is not None:
         reset, is_token = resets(jnp.asarray(segment_ids))
         delta = jnp.where(is_token[..., None], delta, 0)
-    arguments = vary_alike((u, delta, A, B, C, D, z, reset, state))
-    y, state = call(_OP, IMPLEMENTATIONS, implementation, *arguments)
+
+    def scan(state):
+        arguments = vary_alike((u, delta, A, B, C, D, z, reset, state))
+        return call(_OP, IMPLEMENTATIONS, implementation, *arguments)
+
+    if axis_name is None:
+        y, state = scan(state)
+    else:
+        decay = jnp.exp(jnp.sum(delta.astype(A.dtype), axis=1)[..., None] * A)
+        y, state = across_shards(scan, state, segment_ids, axis_name, decay)
     if is_token is not None:
         y = jnp.where(is_token[..., None], y, 0)
     return (y, state) if return_state else y

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.carried import across_shards
 from pallas_kernels.checks import (
     check_array,
     check_positive_int,
@@ -33,6 +34,7 @@ def ssd_scan(
     segment_ids: jax.Array | None = None,
     initial_state: jax.Array | None = None,
     return_state: bool = False,
+    axis_name: str | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -56,6 +58,10 @@ def ssd_scan(
         initial_state: float [B, H, P, N], the state after the tokens before, which are of the first segment of each
             row; None: zeros.
         return_state: also return the state after the last token.
+        axis_name: inside of `jax.shard_map`, the mesh axis that time is split over: each device has its share of the
+            tokens, in the order of the axis, and the states pass between them (`pallas_kernels.carried`), at twice the
+            work. `initial_state` and the returned state are those before the first and after the last token of all,
+            the same on every device. None: every device has whole rows.
         chunk_size: tokens a chunk; None: chosen by the implementation.
         implementation: "tpu" (Pallas, Mosaic), "gpu" (Pallas, Mosaic GPU: Hopper, bfloat16, N up to 128), "xla",
             "reference", or "tpu_interpret" and "gpu_interpret", the kernels run anywhere by Pallas' interpreters; None
@@ -78,8 +84,16 @@ def ssd_scan(
     if segment_ids is not None:
         reset, is_token = resets(jnp.asarray(segment_ids))
         dt = jnp.where(is_token[..., None], dt, 0)
-    arguments = vary_alike((x, dt, A, B, C, D, reset, state))
-    y, state = call(_OP, IMPLEMENTATIONS, implementation, *arguments, chunk_size=chunk_size)
+
+    def scan(state):
+        arguments = vary_alike((x, dt, A, B, C, D, reset, state))
+        return call(_OP, IMPLEMENTATIONS, implementation, *arguments, chunk_size=chunk_size)
+
+    if axis_name is None:
+        y, state = scan(state)
+    else:
+        decay = jnp.exp(jnp.sum(dt.astype(A.dtype), axis=1) * A)[..., None, None]
+        y, state = across_shards(scan, state, segment_ids, axis_name, decay)
     if is_token is not None:
         y = jnp.where(is_token[..., None, None], y, 0)
     return (y, state) if return_state else y

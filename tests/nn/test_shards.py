@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from effjax.nn.shards import on_shards
+from effjax.nn.shards import constrain, on_shards
 
 RULES = (("batch", ("data", "fsdp")), ("heads", "tensor"), ("length", None))
 
@@ -60,6 +60,36 @@ def test_an_axis_that_does_not_divide_is_whole_for_all_and_logged(mesh, rng, cap
     with caplog.at_level(logging.WARNING):
         assert shapes_seen(mesh, RULES, x, y, axes=("batch heads",) * 2) == [(1, 4), (1, 3)]
     assert "axis 'heads' of size 3 is kept whole" in caplog.text
+
+
+def test_a_function_is_told_of_the_axis_that_splits_time(mesh, rng):
+    x = rng.normal(size=(4, 8))
+    rules = (("batch", "data"), ("length", "tensor"))
+
+    def total(x, axis_name=None):
+        within = x.sum(axis=1, keepdims=True)
+        return within if axis_name is None else jax.lax.psum(within, axis_name)
+
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        found = jax.jit(on_shards(total, ("batch length",), "batch _"))(x)
+    np.testing.assert_allclose(found, x.sum(axis=1, keepdims=True), rtol=1e-5)
+    # 3 does not divide by 2: each device has whole rows, and nothing is said of an axis.
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        found = jax.jit(on_shards(total, ("batch length",), "batch _"))(x[:, :3])
+    np.testing.assert_allclose(found, x[:, :3].sum(axis=1, keepdims=True), rtol=1e-5)
+
+
+def test_constraints_split_what_divides_and_leave_the_rest_whole(mesh, caplog):
+    def shares(*shape):
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            found = jax.jit(lambda x: constrain(x, "batch length heads"))(jnp.ones(shape))
+        return found.sharding.shard_shape(shape)
+
+    with caplog.at_level(logging.WARNING):
+        assert shares(8, 3, 4) == (2, 3, 2)
+        assert shares(8, 3, 5) == (2, 3, 5)
+    assert "axis 'heads' of size 5 is kept whole" in caplog.text
+    np.testing.assert_array_equal(constrain(jnp.ones((2, 3)), "batch _"), 1)
 
 
 @pytest.mark.parametrize("case", ["no rules", "one device", "manual"])

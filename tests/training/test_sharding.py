@@ -29,16 +29,19 @@ MESHES = {
     "expert": {"expert": 2},
     "all": {"data": 2, "fsdp": 2, "tensor": 2},
     "with_experts": {"data": 2, "tensor": 2, "expert": 2},
+    "with_context": {"data": 2, "tensor": 2, "context": 2},
+    "context": {"context": 8},
 }
 # Whose default mesh is not "all".
-MESH_OF_ALL = {"switch": "with_experts", "adamoe": "with_experts"}
+MESH_OF_ALL = {"switch": "with_experts", "adamoe": "with_experts", "based": "with_context"}
 BASELINES = ("transformer", "recursive")
 
 
 def cases():
     """Headliners on a mesh of three axes, that of experts among them if there are any.
 
-    Each axis alone, and the other models, are for `-m slow`.
+    BASED has most that passes from one stretch of time to the next: windows, convolutions and states. Each axis alone,
+    and the other models, are for `-m slow`.
     """
     for name, mesh in itertools.product(FIELDS, MESHES):
         is_other = name in BASELINES or name in STATE_SPACE
@@ -115,7 +118,7 @@ def test_a_dimension_that_does_not_divide_is_kept_whole_and_logged(caplog):
         ({"data": -1, "tensor": 3}, "needs a multiple of 3 devices, and there are 8"),
         ({"data": -1, "fsdp": -1}, "at most one -1"),
         ({"data": 0}, "positive numbers"),
-        ({"model": 2}, "unknown axis 'model'; valid: data, fsdp, tensor, expert"),
+        ({"model": 2}, "unknown axis 'model'; valid: data, fsdp, tensor, expert, context"),
     ],
 )
 def test_meshes_that_do_not_fit_are_refused(sizes, message):
@@ -125,5 +128,5 @@ def test_meshes_that_do_not_fit_are_refused(sizes, message):
 
 def test_one_axis_takes_what_is_left():
     mesh = sharding.make_mesh({"data": -1, "tensor": 2})
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "expert": 1}
+    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "expert": 1, "context": 1}
     assert sharding.batch_shards(mesh) == 4
