@@ -8,7 +8,7 @@ from effjax.serving.depthwise_generation import DepthwiseGeneration, generate_de
 from effjax.serving.early_exit import early_exit
 from effjax.serving.generation import Generation, Step, generate, stream
 from effjax.serving.sampling import Sampling
-from effjax.serving.speculative import Speculation, speculate
+from effjax.serving.speculative_generation import Speculation, speculate
 from effjax.serving.text import text_pieces
 
 __all__ = [

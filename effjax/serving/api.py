@@ -21,10 +21,11 @@ from effjax.serving import protocol
 from effjax.serving.chat import ChatTemplate
 from effjax.serving.completion import Delta, complete
 from effjax.serving.embedder import Embedder
-from effjax.serving.engine import Engine, Request
+from effjax.serving.engine import Engine
 from effjax.serving.http_errors import ApiError, add_error_handlers, as_error
 from effjax.serving.http_limits import LimitBody
 from effjax.serving.http_metrics import Metrics, Observed
+from effjax.serving.requests import Request
 
 
 @dataclasses.dataclass(frozen=True)

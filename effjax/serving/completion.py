@@ -6,7 +6,8 @@ import functools
 from collections.abc import AsyncIterator, Sequence
 
 from effjax.data import Tokenizer
-from effjax.serving.engine import Engine, Request, Ticket, Token
+from effjax.serving.engine import Engine, Ticket, Token
+from effjax.serving.requests import Request
 from effjax.serving.stop_strings import StopStrings
 from effjax.serving.text import TextPieces
 

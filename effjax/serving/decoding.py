@@ -4,7 +4,8 @@ Pure functions on an explicit state, for any loop: `effjax.serving.generate` run
 a server may exchange rows in between.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from effjax.models import DecodeState, SequenceModel
+from effjax.serving.programs import compiled
 from effjax.serving.sampling import Settings, draw
 
 
@@ -149,6 +151,22 @@ def grow(rows: Rows, output: Any, settings: Settings, stop_tokens: Int[Array, " 
         count=rows.count + ~stays,
         stopped=stays | jnp.any(token[:, None] == stop_tokens, axis=1),
         seen=None if rows.seen is None else _mark(rows.seen, token[:, None]),
+    )
+
+
+class Programs(NamedTuple):
+    """`begin` and `advance`, compiled for a model."""
+
+    begin: Callable[..., Rows]
+    advance: Callable[..., Rows]
+
+
+def programs(model: SequenceModel) -> Programs:
+    """Those of the model as it is served; the rows that `advance` is given it writes in their place."""
+    model = served(model)
+    return Programs(
+        compiled(begin, model, static_argnames="max_length"),
+        compiled(advance, model, donate_argnums=1),
     )
 
 

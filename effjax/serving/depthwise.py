@@ -10,7 +10,8 @@ Pure functions on an explicit state. The tokens of a text are those of `effjax.s
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -21,6 +22,7 @@ from effjax.depth import Journey
 from effjax.models import SequenceModel
 from effjax.serving import decoding
 from effjax.serving.decoding import Rows
+from effjax.serving.programs import compiled
 from effjax.serving.sampling import Settings
 
 # What is around the recursions is computed for the rows that are there, padded to one of so many shares of a batch.
@@ -103,7 +105,7 @@ def admit(
     prompts: Int[Array, "K T"],
     lengths: Int[Array, " K"],
     keys: Key[Array, " K"],
-    limit: Int[Array, ""],
+    limits: Int[Array, " K"],
     settings: Settings,
     stop_tokens: Int[Array, " S"],
 ) -> Travelling:
@@ -113,11 +115,11 @@ def admit(
       model: the model of the batch.
       variables: its variables.
       batch: from `empty`, or from a step.
-      rows: K rows that have stopped.
+      rows: K rows that are free.
       prompts: token ids, padding behind them.
       lengths: tokens of each prompt.
       keys: one a text; its n-th token is drawn by the key folded with n.
-      limit: most tokens that each text gets.
+      limits: most tokens that each text gets.
       settings: see `Sampling.settings`.
       stop_tokens: ids that end a text.
     """
@@ -132,7 +134,7 @@ def admit(
         stop_tokens,
         max_length=state.max_length,
     )
-    new = new.replace(stopped=new.stopped | (new.count >= limit))
+    new = new.replace(stopped=new.stopped | (new.count >= limits))
 
     # It enters by the states of the new rows alone: the caches of the batch are written once, where they are.
     layers = model.depth.pool_of(model.stack(), new.state.layers)
@@ -153,10 +155,48 @@ def admit(
     return Travelling(
         rows=texts.replace(state=state),
         journey=jax.tree.map(write, batch.journey, journey),
-        limit=batch.limit.at[rows].set(limit),
+        limit=batch.limit.at[rows].set(limits),
         tokens=batch.tokens.at[rows, 0].set(new.token),
         logprobs=batch.logprobs.at[rows, 0].set(new.logprob),
     )
+
+
+def run(
+    model: SequenceModel,
+    variables: Any,
+    batch: Travelling,
+    is_wanted: Bool[Array, " B"],
+    settings: Settings,
+    stop_tokens: Int[Array, " S"],
+    num_free: Int[Array, ""],
+    most_steps: Int[Array, ""],
+) -> tuple[Travelling, Int[Array, ""], Int[Array, ""]]:
+    """Takes the tokens on until so many rows are free, or for so many steps.
+
+    Args:
+      model, variables, settings, stop_tokens: as for `admit`; a setting is one number for all rows or one a row.
+      batch: the texts.
+      is_wanted: rows whose text is to go on; the others are free from now on.
+      num_free: rows that have stopped, at the end.
+      most_steps: applications of the shared blocks.
+
+    Returns:
+      (the batch; steps; recursions that tokens took in them).
+    """
+    journey = batch.journey.replace(goes_on=batch.journey.goes_on & is_wanted[:, None])
+    rows = batch.rows.replace(stopped=batch.rows.stopped | ~is_wanted)
+
+    def unfinished(carry):
+        batch, steps, _ = carry
+        return (jnp.sum(batch.rows.stopped) < num_free) & (steps < most_steps)
+
+    def body(carry):
+        batch, steps, applications = carry
+        applications += jnp.sum(batch.journey.goes_on, dtype=jnp.int32)
+        return step(model, variables, batch, settings, stop_tokens), steps + 1, applications
+
+    begin = (batch.replace(rows=rows, journey=journey), jnp.int32(0), jnp.int32(0))
+    return jax.lax.while_loop(unfinished, body, begin)
 
 
 def step(
@@ -168,7 +208,7 @@ def step(
 ) -> Travelling:
     """Every token takes its next recursion; where that was the last, the row's next token sets out.
 
-    Args and results as for `admit`.
+    Args as for `run`.
     """
     journey, state = model.apply(variables, batch.journey, state=batch.rows.state, method="recurse")
     batch = batch.replace(rows=batch.rows.replace(state=state), journey=journey)
@@ -177,6 +217,26 @@ def step(
     branches = [lambda batch: batch, *(functools.partial(turn, size) for size in sizes)]
     which = jnp.searchsorted(jnp.array([0, *sizes]), jnp.sum(batch.leaves))
     return jax.lax.switch(which, branches, batch)
+
+
+class Programs(NamedTuple):
+    """The functions of this file, compiled for a model."""
+
+    empty: Callable[..., Travelling]
+    admit: Callable[..., Travelling]
+    run: Callable[..., tuple[Travelling, Array, Array]]
+
+
+def programs(model: SequenceModel) -> Programs:
+    """`empty`, `admit` and `run` of the model as it is served; the two that are given a batch write in its place."""
+    model = decoding.served(model)
+    sizes = ("num_rows", "max_length", "max_new_tokens", "with_penalty")
+    return Programs(
+        # Compiled, so that no two arrays are one buffer: each is given away to be written in place.
+        empty=compiled(empty, model, static_argnames=sizes),
+        admit=compiled(admit, model, donate_argnums=1),
+        run=compiled(run, model, donate_argnums=1),
+    )
 
 
 def _turn(model, variables, settings, stop_tokens, size: int, batch: Travelling) -> Travelling:
@@ -209,12 +269,12 @@ def _turn(model, variables, settings, stop_tokens, size: int, batch: Travelling)
     keys = batch.rows.keys
     texts = texts.replace(state=None, keys=None)
     grown = jax.tree.map(spread, batch.rows.replace(state=None, keys=None), texts)
-    newest = leaves[:, None] & (jnp.arange(batch.tokens.shape[1]) == grown.count[:, None] - 1)
+    newest = (rows, texts.count - 1)
     return batch.replace(
         rows=grown.replace(state=state, keys=keys),
         journey=jax.tree.map(spread, batch.journey, journey),
-        tokens=jnp.where(newest, grown.token[:, None], batch.tokens),
-        logprobs=jnp.where(newest, grown.logprob[:, None], batch.logprobs),
+        tokens=batch.tokens.at[newest].set(texts.token, mode="drop"),
+        logprobs=batch.logprobs.at[newest].set(texts.logprob, mode="drop"),
     )
 
 

@@ -2,22 +2,20 @@
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
 from effjax.models import SequenceModel
-from effjax.serving import decoding, depthwise
-from effjax.serving.depthwise import Travelling
+from effjax.serving import depthwise
+from effjax.serving.depthwise import Programs
 from effjax.serving.generation import Generation
 from effjax.serving.inputs import NO_TOKEN, Inputs
 from effjax.serving.prompts import bucket
-from effjax.serving.sampling import PLAIN, Sampling, Settings
+from effjax.serving.sampling import PLAIN, Sampling
 
 # Free slots wait for each other, up to this part of a batch: prompts that are read together take less time.
 REFILL = 4
@@ -85,7 +83,7 @@ def generate_depthwise(
     if num_slots < 1:
         raise ValueError(f"num_slots={num_slots}; valid: at least 1")
     inputs = Inputs.of([model], prompts, max_new_tokens, sampling, stop_tokens, key)
-    loop = _Loop(_programs(model), variables, inputs, num_slots, max_new_tokens)
+    loop = _Loop(depthwise.programs(model), variables, inputs, num_slots, max_new_tokens)
     waiting = collections.deque(range(len(inputs.lengths)))
     while waiting or loop.num_texts:
         if waiting:
@@ -99,7 +97,14 @@ def generate_depthwise(
 class _Loop:
     """The texts in the slots, and what has become of those that were."""
 
-    def __init__(self, programs, variables, inputs: Inputs, num_slots: int, max_new_tokens: int):
+    def __init__(
+        self,
+        programs: Programs,
+        variables: Any,
+        inputs: Inputs,
+        num_slots: int,
+        max_new_tokens: int,
+    ):
         self._programs, self._variables, self._inputs = programs, variables, inputs
         self._limit = max_new_tokens
         self._batch = programs.empty(
@@ -133,7 +138,7 @@ class _Loop:
             inputs.prompts[chosen, : bucket(int(lengths.max()))],
             lengths,
             inputs.keys[chosen],
-            np.int32(self._limit),
+            np.full(len(texts), self._limit, np.int32),
             inputs.settings,
             inputs.stop_tokens,
         )
@@ -141,7 +146,13 @@ class _Loop:
     def run(self, num_free: int) -> None:
         """Goes on until so many slots are free."""
         self._batch, steps, applications = self._programs.run(
-            self._variables, self._batch, self._inputs.settings, self._inputs.stop_tokens, num_free
+            self._variables,
+            self._batch,
+            np.ones(len(self._texts), bool),
+            self._inputs.settings,
+            self._inputs.stop_tokens,
+            np.int32(num_free),
+            np.int32(np.iinfo(np.int32).max),
         )
         rows = self._batch.rows
         steps, applications, stopped, counts, tokens, logprobs = jax.device_get(
@@ -181,42 +192,3 @@ class _Loop:
             applications=self._applications,
             num_slots=len(self._texts),
         )
-
-
-class _Programs:
-    """The compiled functions of a model; each compiles anew for shapes that it has not seen."""
-
-    def __init__(self, model: SequenceModel):
-        bind = lambda function: functools.partial(function, model)  # noqa: E731
-        sizes = ("num_rows", "max_length", "max_new_tokens", "with_penalty")
-        # Compiled, so that no two arrays are one buffer: each is given away to be written in place.
-        self.empty = jax.jit(bind(depthwise.empty), static_argnames=sizes)
-        self.admit = jax.jit(bind(depthwise.admit), donate_argnums=1)
-        self.run = jax.jit(bind(_run), donate_argnums=1)
-
-
-@functools.lru_cache(maxsize=16)
-def _programs(model: SequenceModel) -> _Programs:
-    return _Programs(decoding.served(model))
-
-
-def _run(
-    model: SequenceModel,
-    variables: Any,
-    batch: Travelling,
-    settings: Settings,
-    stop_tokens: Int[Array, " S"],
-    num_free: Int[Array, ""],
-):
-    """(the batch when so many rows are free; steps; recursions taken in them)."""
-
-    def unfinished(carry):
-        return jnp.sum(carry[0].rows.stopped) < num_free
-
-    def body(carry):
-        batch, steps, applications = carry
-        applications += jnp.sum(batch.journey.goes_on, dtype=jnp.int32)
-        batch = depthwise.step(model, variables, batch, settings, stop_tokens)
-        return batch, steps + 1, applications
-
-    return jax.lax.while_loop(unfinished, body, (batch, jnp.int32(0), jnp.int32(0)))

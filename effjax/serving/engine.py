@@ -4,43 +4,17 @@ import collections
 import dataclasses
 import logging
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-import jax
-import numpy as np
-from jaxtyping import Int
-
-from effjax.models import SequenceModel
-from effjax.serving.pages import PAGE_SIZE
+from effjax.serving.decoder import Decoder, Drawn, Total
 from effjax.serving.prompts import check_prompt
-from effjax.serving.sampling import PLAIN, Sampling
-from effjax.serving.slots import Slots
+from effjax.serving.requests import Request
 
 logger = logging.getLogger(__name__)
 
 
 class Overloaded(Exception):
     """As many requests wait as may."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A text to be continued.
-
-    Attributes:
-      prompt: token ids, at least one.
-      max_new_tokens: most tokens that are drawn.
-      sampling: how they are drawn.
-      stop_tokens: ids that end the text.
-      seed: of the draws. A text depends on its prompt, sampling and seed, and not on the others in the batch.
-    """
-
-    prompt: Int[np.ndarray, " n"]
-    max_new_tokens: int
-    sampling: Sampling = PLAIN
-    stop_tokens: frozenset[int] = frozenset()
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +41,12 @@ class Ticket:
       sink: called from the engine's thread, with tokens or with one exception.
       count: tokens so far.
       cancelled: whether nobody waits for it any more.
-      pages: what it has of the memory that texts share.
     """
 
     request: Request
     sink: Callable[[Token | Exception], None]
     count: int = 0
     cancelled: bool = False
-    pages: list[int] = dataclasses.field(default_factory=list)
 
     def cancel(self) -> None:
         """Frees what the request holds before the next step; the sink hears no more."""
@@ -89,40 +61,23 @@ class Engine:
       vocab_size: number of token ids.
     """
 
-    def __init__(
-        self,
-        model: SequenceModel,
-        variables: Any,
-        *,
-        num_slots: int = 8,
-        max_length: int | None = None,
-        max_waiting: int = 64,
-        cache_tokens: int | None = None,
-    ):
+    def __init__(self, decoder: Decoder, *, max_waiting: int = 64):
         """Starts the thread.
 
         Args:
-          model: a model that generates (`effjax.serving.generate`).
-          variables: its variables.
-          num_slots: texts at a time.
-          max_length: room of a text, prompt included; None: the model's `max_seq_len`.
+          decoder: nobody else uses it from now on.
           max_waiting: requests that may wait for a slot.
-          cache_tokens: room of all texts together, which they share in pages (`effjax.serving.pages`); a request waits
-            until there are pages for its prompt and its `max_new_tokens`. None: each slot has room for `max_length`.
 
         Raises:
-          ValueError: for a number that is not valid, or a model that cannot generate.
+          ValueError: for a number that is not valid.
         """
         if max_waiting < 1:
             raise ValueError(f"max_waiting={max_waiting}; valid: at least 1")
-        self.max_length = model.max_seq_len if max_length is None else max_length
-        self.vocab_size = model.vocab_size
-        self._variables = variables
+        self.max_length = decoder.max_length
+        self.vocab_size = decoder.vocab_size
+        self._decoder = decoder
         self._max_waiting = max_waiting
-        self._programs = Slots(model, num_slots, self.max_length, cache_tokens)
-        self._pool = self._programs.pool
-        self._rows = self._programs.empty()
-        self._slots: list[Ticket | None] = [None] * num_slots
+        self._slots: list[Ticket | None] = [None] * decoder.num_slots
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._wakes = threading.Condition()
         self._closing = False
@@ -148,7 +103,12 @@ class Engine:
     @property
     def free_cache_tokens(self) -> int | None:
         """Room in the memory that texts share; None if they do not."""
-        return None if self._pool is None else self._pool.num_free * PAGE_SIZE
+        return self._decoder.free_cache_tokens
+
+    @property
+    def totals(self) -> Sequence[Total]:
+        """What the decoder has counted."""
+        return self._decoder.totals
 
     @property
     def num_waiting(self) -> int:
@@ -182,7 +142,7 @@ class Engine:
             )
         if request.max_new_tokens < 1:
             raise ValueError(f"max_tokens={request.max_new_tokens}; valid: at least 1")
-        room = self.max_length if self._pool is None else min(self.max_length, self._pool.room)
+        room = self._decoder.room
         if len(prompt) + request.max_new_tokens > room:
             raise ValueError(
                 f"a prompt of {len(prompt)} tokens and max_tokens={request.max_new_tokens}; "
@@ -203,12 +163,13 @@ class Engine:
             try:
                 self._drop_cancelled()
                 self._admit()
-                self._step()
+                if self.num_active:
+                    self._deliver(self._decoder.advance())
             except Exception as error:
                 # Out of memory, say: these texts are lost, the server is not.
                 logger.exception("a decoding step failed")
                 self._fail_all(error)
-                self._rows = self._programs.empty()
+                self._decoder.reset()
         self._fail_all(RuntimeError("the server is shutting down"), with_waiting=True)
 
     def _drop_cancelled(self) -> None:
@@ -219,54 +180,40 @@ class Engine:
             self._waiting = collections.deque(t for t in self._waiting if not t.cancelled)
 
     def _admit(self) -> None:
-        """Gives free slots to those that wait; a prompt is read when it gets its slot."""
+        """Gives free slots to those that wait."""
         while self._waiting and not self._closing and None in self._slots:
-            ticket = self._waiting[0]
-            request = ticket.request
-            if ticket.cancelled:
-                self._waiting.popleft()
-                continue
-            if self._pool is not None:
-                pages = self._pool.take(len(request.prompt) + request.max_new_tokens)
-                if pages is None:
+            ticket, slot = self._waiting[0], self._slots.index(None)
+            if not ticket.cancelled:
+                if not self._decoder.admit(slot, ticket.request):
                     return  # nobody overtakes it
-                ticket.pages = pages
+                self._slots[slot] = ticket
             self._waiting.popleft()
-            slot = self._slots.index(None)
-            self._slots[slot] = ticket  # so that it hears of a failure
-            key = jax.random.key(request.seed)
-            one = self._programs.read(self._variables, request.prompt, request.sampling, key)
-            self._rows = self._programs.put(self._rows, one, slot, ticket.pages)
-            token, logprob = jax.device_get((one.token, one.logprob))
-            self._deliver(slot, token[0], logprob[0])
 
-    def _step(self) -> None:
-        if not self.num_active:
-            return
-        samplings = [None if ticket is None else ticket.request.sampling for ticket in self._slots]
-        self._rows = self._programs.step(self._variables, self._rows, samplings)
-        tokens, logprobs = jax.device_get((self._rows.token, self._rows.logprob))
-        for slot, ticket in enumerate(self._slots):
-            if ticket is not None:
-                self._deliver(slot, tokens[slot], logprobs[slot])
+    def _deliver(self, drawn: Mapping[int, Sequence[Drawn]]) -> None:
+        """Hands out new tokens of slots, up to the one that ends a text."""
+        for slot, tokens in drawn.items():
+            for token in tokens:
+                if self._deliver_one(slot, token) is not None:
+                    break
 
-    def _deliver(self, slot: int, token: Any, logprob: Any) -> None:
+    def _deliver_one(self, slot: int, drawn: Drawn) -> str | None:
+        """Hands out a token; returns why the text ends with it, if it does."""
         ticket = self._slots[slot]
         ticket.count += 1
         finish = None
-        if int(token) in ticket.request.stop_tokens:
+        if drawn.id in ticket.request.stop_tokens:
             finish = "stop"
         elif ticket.count == ticket.request.max_new_tokens:
             finish = "length"
         if finish is not None:
             self._vacate(slot)
         if not ticket.cancelled:
-            ticket.sink(Token(int(token), float(logprob), finish))
+            ticket.sink(Token(*drawn, finish))
+        return finish
 
     def _vacate(self, slot: int) -> None:
-        ticket, self._slots[slot] = self._slots[slot], None
-        if self._pool is not None:
-            self._pool.give_back(ticket.pages)
+        self._slots[slot] = None
+        self._decoder.release(slot)
 
     def _fail_all(self, error: Exception, with_waiting: bool = False) -> None:
         failed = [ticket for ticket in self._slots if ticket is not None]

@@ -1,7 +1,6 @@
 """Text from prompts: all of it at once, or token by token as it comes."""
 
 import dataclasses
-import functools
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
@@ -12,8 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from effjax.models import SequenceModel
 from effjax.serving import decoding
-from effjax.serving.decoding import Rows
+from effjax.serving.decoding import Programs, Rows
 from effjax.serving.inputs import NO_TOKEN, Inputs
+from effjax.serving.programs import compiled
 from effjax.serving.prompts import bucket
 from effjax.serving.sampling import PLAIN, Sampling, Settings
 
@@ -85,10 +85,10 @@ def generate(
         `max_seq_len`, or a model that cannot generate.
     """
     inputs = Inputs.of((model,), prompts, max_new_tokens, sampling, stop_tokens, key)
-    programs = _programs(model)
-    tokens, logprobs, rows = programs.complete(
+    complete = compiled(_complete, decoding.served(model), static_argnames="size", donate_argnums=1)
+    tokens, logprobs, rows = complete(
         variables,
-        programs.begin(variables, inputs),
+        _begin(decoding.programs(model), variables, inputs),
         inputs.settings,
         inputs.stop_tokens,
         max_new_tokens,
@@ -115,16 +115,16 @@ def stream(
     It ends when every row has stopped. Arguments are checked at once, and not when the first step is asked for.
     """
     inputs = Inputs.of((model,), prompts, max_new_tokens, sampling, stop_tokens, key)
-    return _steps(_programs(model), variables, inputs, max_new_tokens)
+    return _steps(decoding.programs(model), variables, inputs, max_new_tokens)
 
 
 def _steps(
-    programs: "_Programs", variables: Any, inputs: Inputs, max_new_tokens: int
+    programs: Programs, variables: Any, inputs: Inputs, max_new_tokens: int
 ) -> Iterator[Step]:
     rows, before = None, np.zeros(len(inputs.lengths), bool)
     for _ in range(max_new_tokens):
         if rows is None:
-            rows = programs.begin(variables, inputs)
+            rows = _begin(programs, variables, inputs)
         else:
             rows = programs.advance(variables, rows, inputs.settings, inputs.stop_tokens)
         token, logprob, stopped = jax.device_get((rows.token, rows.logprob, rows.stopped))
@@ -134,32 +134,17 @@ def _steps(
         before = stopped
 
 
-class _Programs:
-    """The compiled functions of a model; each compiles anew for shapes that it has not seen."""
-
-    def __init__(self, model: SequenceModel):
-        bind = lambda function: functools.partial(function, model)  # noqa: E731
-        self._begin = jax.jit(bind(decoding.begin), static_argnames="max_length")
-        # The caches are written in place.
-        self.advance = jax.jit(bind(decoding.advance), donate_argnums=1)
-        self.complete = jax.jit(bind(_complete), static_argnames="size", donate_argnums=1)
-
-    def begin(self, variables: Any, inputs: Inputs) -> Rows:
-        """Rows with their first token."""
-        return self._begin(
-            variables,
-            inputs.prompts,
-            inputs.lengths,
-            inputs.keys,
-            inputs.settings,
-            inputs.stop_tokens,
-            max_length=inputs.max_length,
-        )
-
-
-@functools.lru_cache(maxsize=16)
-def _programs(model: SequenceModel) -> _Programs:
-    return _Programs(decoding.served(model))
+def _begin(programs: Programs, variables: Any, inputs: Inputs) -> Rows:
+    """Rows with their first token."""
+    return programs.begin(
+        variables,
+        inputs.prompts,
+        inputs.lengths,
+        inputs.keys,
+        inputs.settings,
+        inputs.stop_tokens,
+        max_length=inputs.max_length,
+    )
 
 
 def _complete(

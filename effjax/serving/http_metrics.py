@@ -1,10 +1,12 @@
 """What a server counts, for Prometheus."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import fastapi
 import prometheus_client as prometheus
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from effjax.serving.engine import Engine
@@ -41,6 +43,7 @@ class Metrics:
                     "Room in the memory that texts share.",
                     lambda: engine.free_cache_tokens,
                 )
+            self._registry.register(_Totals(engine))
 
     def _gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
         prometheus.Gauge(f"effjax_{name}", text, registry=self._registry).set_function(value)
@@ -55,6 +58,17 @@ class Metrics:
         return fastapi.Response(
             prometheus.generate_latest(self._registry), media_type=prometheus.CONTENT_TYPE_LATEST
         )
+
+
+class _Totals(Collector):
+    """What the decoder has counted, read from it when Prometheus asks."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        for name, text, count in self._engine.totals:
+            yield CounterMetricFamily(f"effjax_{name}", text, value=count)
 
 
 class Observed:

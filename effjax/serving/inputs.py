@@ -16,6 +16,9 @@ from effjax.serving.sampling import Sampling, Settings
 # In place of a token where a row has none.
 NO_TOKEN = -1
 
+# For a loop that leaves it to its caller to see where a text ends.
+NO_STOPS = np.zeros(0, np.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:

@@ -92,29 +92,31 @@ def paged(state: Any, max_length: int, num_pages: int) -> Any:
     return jax.tree.map(empty, state, is_leaf=_is_cache)
 
 
-def put_in_pages(cache: PagedKVState, one: KVState, slot: Int[Array, ""], pages: Int[Array, " N"]):
-    """The cache with the only row of `one` in a slot.
+def put_in_pages(
+    cache: PagedKVState, new: KVState, rows: Int[Array, " K"], pages: Int[Array, "K N"]
+) -> PagedKVState:
+    """The cache with the K rows of `new` in some of its rows.
 
     Args:
       cache: of B rows, of up to N pages each.
-      one: a cache of one row that has room for as many tokens.
-      slot: from 0 to B - 1.
-      pages: those of the slot from now on, then `num_pages`.
+      new: a cache that has room for as many tokens a row.
+      rows: from 0 to B - 1.
+      pages: those of the rows from now on, then `num_pages`.
     """
     if cache.k.ndim > 4:  # a leading axis of scanned layers
-        return jax.vmap(put_in_pages, in_axes=(0, 0, None, None))(cache, one, slot, pages)
+        return jax.vmap(put_in_pages, in_axes=(0, 0, None, None))(cache, new, rows, pages)
 
     def write(old, fresh):
-        room = len(pages) * PAGE_SIZE - fresh.shape[1]
-        in_pages = jnp.pad(fresh[0], ((0, room), (0, 0), (0, 0)))
-        in_pages = in_pages.reshape(len(pages), PAGE_SIZE, *fresh.shape[2:])
-        return old.at[pages].set(in_pages, mode="drop")
+        room = pages.shape[1] * PAGE_SIZE - fresh.shape[1]
+        in_pages = jnp.pad(fresh, ((0, 0), (0, room), (0, 0), (0, 0)))
+        in_pages = in_pages.reshape(-1, PAGE_SIZE, *fresh.shape[2:])
+        return old.at[pages.reshape(-1)].set(in_pages, mode="drop")
 
     return cache.replace(
-        k=write(cache.k, one.k),
-        v=write(cache.v, one.v),
-        page_table=cache.page_table.at[slot].set(pages),
-        length=cache.length.at[slot].set(one.length[0]),
+        k=write(cache.k, new.k),
+        v=write(cache.v, new.v),
+        page_table=cache.page_table.at[rows].set(pages),
+        length=cache.length.at[rows].set(new.length),
     )
 
 

@@ -106,6 +106,27 @@ def adjust(
     return logits
 
 
+def probabilities(
+    logits: Float[Array, "... V"], settings: Settings, seen: Bool[Array, "... V"] | None = None
+) -> Float[Array, "... V"]:
+    """What `draw` draws tokens by; without a temperature all of it is on the most likely one.
+
+    Args:
+      logits: of the next token, at one or more places.
+      settings: see `Sampling.settings`; one number for all rows, or one a row, the first axis of the logits.
+      seen: tokens that the text has already before that place, for `repetition_penalty`.
+    """
+    num_tokens = logits.shape[-1]
+    flat = lambda x: None if x is None else x.reshape(-1, num_tokens)  # noqa: E731
+    settings = {name: _at_every_place(value, logits) for name, value in settings.items()}
+    adjusted = adjust(flat(logits), settings, flat(seen))
+    if "temperature" in settings:
+        found = jax.nn.softmax(adjusted)
+    else:
+        found = jax.nn.one_hot(jnp.argmax(adjusted, axis=-1), num_tokens)
+    return found.reshape(logits.shape)
+
+
 def penalise_repetition(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Parameter
 ) -> Float[Array, "B V"]:
@@ -164,3 +185,11 @@ STEPS = {"temperature": temper, "top_k": keep_top_k, "top_p": keep_top_p, "min_p
 def _per_row(parameter: Parameter) -> Array:
     """As float32 that goes with logits [B, V]: [1], or [B, 1] of one a row."""
     return jnp.asarray(parameter, jnp.float32)[..., None]
+
+
+def _at_every_place(value: Parameter, logits: Float[Array, "... V"]) -> Parameter:
+    """A setting of each row as one of each of its places, in the order of a table of all places."""
+    if not jnp.ndim(value):
+        return value
+    per_row = jnp.reshape(value, (-1, *[1] * (logits.ndim - 2)))
+    return jnp.broadcast_to(per_row, logits.shape[:-1]).reshape(-1)

@@ -1,9 +1,12 @@
 """An HTTP server for a trained model: `python -m effjax.serving.server --workdir=runs/transformer`.
 
 It speaks OpenAI's API on the loopback interface: `/v1/completions`, `/v1/chat/completions`, `/v1/embeddings`, with
-`/healthz` and `/metrics` beside. With the environment variable EFFJAX_API_KEY clients have to show that key.
+`/healthz` and `/metrics` beside. Texts that come at the same time are decoded together, in the way that suits the model
+(`effjax.serving.decoders`), and with `--draft_workdir`, `--draft_hf` or `--early_exit` speculatively. With the
+environment variable EFFJAX_API_KEY clients have to show that key.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -16,6 +19,9 @@ import jax
 from absl import flags
 
 from effjax import checkpoint, cli, data, interop, models
+from effjax.depth import Plain
+from effjax.serving.decoders import DECODINGS, Draft, create_decoder
+from effjax.serving.early_exit import early_exit as shallow
 from effjax.serving.embedder import Embedder
 from effjax.serving.engine import Engine
 
@@ -45,6 +51,27 @@ _CACHE_TOKENS = flags.DEFINE_integer(
     None,
     "Tokens of all texts together whose keys and values are kept; default: the longest text in every slot.",
     1,
+)
+_DECODING = flags.DEFINE_enum(
+    "decoding",
+    "auto",
+    DECODINGS,
+    "How texts are decoded without a draft; auto: depth-wise where tokens differ in depth, else plain.",
+)
+_DRAFT_WORKDIR = flags.DEFINE_string(
+    "draft_workdir", None, "Folder of a run whose model drafts for speculative decoding."
+)
+_DRAFT_HF = flags.DEFINE_string(
+    "draft_hf", None, "Folder of a Hugging Face model that drafts for speculative decoding."
+)
+_EARLY_EXIT = flags.DEFINE_integer(
+    "early_exit",
+    None,
+    "Speculative decoding whose draft is so many layers of the model, or recursions if it has them.",
+    1,
+)
+_DRAFT_TOKENS = flags.DEFINE_integer(
+    "draft_tokens", 4, "Tokens that are drafted before each pass of the model.", 1
 )
 _MAX_WAITING = flags.DEFINE_integer("max_waiting", 64, "Requests that may wait for a slot.", 1)
 _TIMEOUT = flags.DEFINE_float("timeout", 300.0, "Seconds that a request may take.", 0.001)
@@ -95,20 +122,65 @@ def _ends(ids: int | Sequence[int] | None) -> frozenset[int]:
     return frozenset([ids] if isinstance(ids, int) else ids)
 
 
-def serve(loaded: Loaded, name: str, **limits: Any) -> Service:
+def find_draft(
+    loaded: Loaded,
+    *,
+    workdir: str | None = None,
+    hf: str | None = None,
+    early_exit: int | None = None,
+    num_tokens: int = 4,
+) -> Draft | None:
+    """What drafts for a model: the model of a folder, or the first layers or recursions of the model itself.
+
+    Args:
+      loaded: the model.
+      workdir: folder of a run.
+      hf: folder of a Hugging Face model.
+      early_exit: layers that stay, or recursions of a model that has them.
+      num_tokens: of a draft.
+
+    Returns:
+      None if nothing is to draft.
+
+    Raises:
+      ValueError: for more than one of them, or an exit that the model does not have.
+    """
+    given = {"draft_workdir": workdir, "draft_hf": hf, "early_exit": early_exit}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(f"{' and '.join(names)} are given; valid: one of them")
+    if workdir is not None:
+        model, variables, *_ = load_run(workdir)
+    elif hf is not None:
+        model, variables = interop.load_hf(hf)
+    elif early_exit is not None:
+        is_plain = isinstance(loaded.model.depth, Plain)
+        where = {"num_layers" if is_plain else "num_recursions": early_exit}
+        model, variables = shallow(loaded.model, loaded.variables, **where)
+    else:
+        return None
+    return Draft(model, variables, num_tokens)
+
+
+def serve(loaded: Loaded, name: str, *, max_waiting: int = 64, **options: Any) -> Service:
     """Starts what answers requests: an engine for a model that scores the vocabulary, an embedder for one that embeds.
 
     Args:
       loaded: the model.
       name: of the model for clients.
-      **limits: `num_slots`, `max_length`, `max_waiting` and `cache_tokens` of the engine, and fields of `Service`.
+      max_waiting: requests that may wait for a slot of the engine.
+      **options: those of `create_decoder` for the engine, and fields of `Service`.
     """
-    names = ("num_slots", "max_length", "max_waiting", "cache_tokens")
-    of_engine = {name: limits.pop(name) for name in names if name in limits}
+    fields = {field.name for field in dataclasses.fields(Service)}
+    of_service = {field: options.pop(field) for field in fields & options.keys()}
     model, variables = loaded.model, loaded.variables
     engine = embedder = None
     if scores_vocabulary(model):
-        engine = Engine(model, variables, **of_engine)
+        engine = Engine(create_decoder(model, variables, **options), max_waiting=max_waiting)
+    elif options.get("draft") is not None:
+        raise ValueError(
+            "a draft for a model that embeds; valid: for one that scores the vocabulary"
+        )
     else:
         embedder = Embedder(model, variables)
     return Service(
@@ -118,7 +190,7 @@ def serve(loaded: Loaded, name: str, **limits: Any) -> Service:
         embedder,
         template=loaded.template,
         stop_tokens=loaded.stop_tokens,
-        **limits,
+        **of_service,
     )
 
 
@@ -146,6 +218,14 @@ def main():
         max_length=_MAX_LENGTH.value,
         max_waiting=_MAX_WAITING.value,
         cache_tokens=_CACHE_TOKENS.value,
+        decoding=_DECODING.value,
+        draft=find_draft(
+            loaded,
+            workdir=_DRAFT_WORKDIR.value,
+            hf=_DRAFT_HF.value,
+            early_exit=_EARLY_EXIT.value,
+            num_tokens=_DRAFT_TOKENS.value,
+        ),
         timeout=_TIMEOUT.value,
         api_key=key,
     )

@@ -12,112 +12,31 @@ back to its text in a way that is exact for every mixer and depth policy and cos
   away. So it makes one pass a drafted token, as it would without any of this.
 """
 
-import dataclasses
-import functools
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from effjax.mixers.tentative import Tentative, make_tentative, settle
 from effjax.models import DecodeState, SequenceModel
 from effjax.serving import decoding
 from effjax.serving.acceptance import accept
-from effjax.serving.generation import Generation
-from effjax.serving.inputs import NO_TOKEN, Inputs
-from effjax.serving.prompts import bucket
-from effjax.serving.sampling import PLAIN, Sampling, Settings, adjust
+from effjax.serving.inputs import NO_TOKEN
+from effjax.serving.programs import compiled
+from effjax.serving.sampling import Settings, probabilities
+from effjax.serving.slots import batch_axes, put
 
-
-@dataclasses.dataclass(frozen=True)
-class Speculation(Generation):
-    """What came after each prompt, and what the draft did for it.
-
-    Attributes:
-      passes: [B] passes of the target after the one over the prompt, as long as the row went on.
-      drafted: [B] tokens of the draft that the target has judged.
-      accepted: [B] those that are in the text.
-    """
-
-    passes: Int[np.ndarray, " B"]
-    drafted: Int[np.ndarray, " B"]
-    accepted: Int[np.ndarray, " B"]
-
-
-def speculate(
-    model: SequenceModel,
-    variables: Any,
-    draft: SequenceModel,
-    draft_variables: Any,
-    prompts: Sequence[Int[Array, " n"]],
-    max_new_tokens: int,
-    *,
-    num_draft_tokens: int = 4,
-    sampling: Sampling = PLAIN,
-    stop_tokens: Collection[int] = (),
-    key: Key[Array, "..."] | None = None,
-) -> Speculation:
-    """Continues prompts as `generate` does: with the same distribution, and greedily with the same tokens.
-
-    What stays of a draft is decided by the distributions after repetition penalty, temperature and filters, so these
-    are exact too. Sampled texts are other draws than those of `generate` by the same key. As there, a row's tokens
-    depend on its prompt and its key alone; programs are compiled for two models, a number of rows, and lengths up to
-    the next power of two; and a mixture of experts drops no token.
-
-    Args:
-      model: the target, as for `generate`.
-      variables: its variables.
-      draft: any model of the same vocabulary; see also `early_exit`.
-      draft_variables: its variables.
-      prompts: token ids of each prompt, at least one.
-      max_new_tokens: most tokens that a row gets.
-      num_draft_tokens: tokens that are drafted before each pass of the target.
-      sampling: how tokens are drawn.
-      stop_tokens: ids that end a row.
-      key: as for `generate`.
-
-    Raises:
-      ValueError: as `generate` does for either model, for models of different vocabularies, or no tokens to draft.
-    """
-    if num_draft_tokens < 1:
-        raise ValueError(f"num_draft_tokens={num_draft_tokens}; valid: at least 1")
-    if draft.vocab_size != model.vocab_size:
-        raise ValueError(
-            f"the draft has vocab_size={draft.vocab_size}; valid: that of the model, {model.vocab_size}"
-        )
-    inputs = Inputs.of((model, draft), prompts, max_new_tokens, sampling, stop_tokens, key)
-    # Reading the prompt gives a token, and so does judging a draft: a longer one could not stay.
-    programs = _programs(model, draft, min(num_draft_tokens, max(1, max_new_tokens - 2)))
-    both = (variables, draft_variables)
-    loop = (inputs.keys, inputs.settings, inputs.stop_tokens)
-    texts = programs.begin(
-        both,
-        inputs.prompts,
-        inputs.lengths,
-        *loop,
-        max_length=inputs.max_length,
-        size=bucket(max_new_tokens),
-    )
-    texts = programs.complete(both, texts, *loop, max_new_tokens)
-    found = jax.device_get(texts.replace(target=None, draft=None))
-    return Speculation(
-        tokens=found.tokens[:, :max_new_tokens],
-        logprobs=found.logprobs[:, :max_new_tokens],
-        lengths=found.count,
-        stopped=found.stopped,
-        passes=found.passes,
-        drafted=found.drafted,
-        accepted=found.accepted,
-    )
+# A target and a draft; their variables.
+Models = tuple[SequenceModel, SequenceModel]
+Variables = tuple[Any, Any]
 
 
 @flax.struct.dataclass
-class _Texts:
-    """Texts in the making.
+class Texts:
+    """Texts in the making, one a row.
 
     Attributes:
       target: decode state of the target, of mixers that are `Tentative`; it has seen every token but the newest.
@@ -125,10 +44,14 @@ class _Texts:
       unread: [B, K + 1] the newest tokens of each row, from the first slot on.
       num_unread: [B] how many.
       count: [B] tokens drawn so far.
-      stopped: [B] whether the row has drawn a stop token.
+      limit: [B] most tokens that the row gets.
+      stopped: [B] whether the row has drawn a stop token, or has no text.
+      keys: [B] random keys.
       seen: [B, V] which tokens the row has, prompt included; None if no penalty asks for it.
       tokens, logprobs: [B, N] as in `Generation`.
-      passes, drafted, accepted: [B] as in `Speculation`.
+      passes: [B] passes of the target after the one over the prompt.
+      drafted: [B] tokens of the draft that the target has judged.
+      accepted: [B] those that are in the text.
     """
 
     target: DecodeState
@@ -136,7 +59,9 @@ class _Texts:
     unread: Int[Array, "B K+1"]
     num_unread: Int[Array, " B"]
     count: Int[Array, " B"]
+    limit: Int[Array, " B"]
     stopped: Bool[Array, " B"]
+    keys: Key[Array, " B"]
     seen: Bool[Array, "B V"] | None
     tokens: Int[Array, "B N"]
     logprobs: Float[Array, "B N"]
@@ -144,9 +69,10 @@ class _Texts:
     drafted: Int[Array, " B"]
     accepted: Int[Array, " B"]
 
-    def goes_on(self, max_new_tokens: Int[Array, ""]) -> Bool[Array, " B"]:
+    @property
+    def goes_on(self) -> Bool[Array, " B"]:
         """Which rows take further tokens."""
-        return ~self.stopped & (self.count < max_new_tokens)
+        return ~self.stopped & (self.count < self.limit)
 
 
 @flax.struct.dataclass
@@ -156,7 +82,7 @@ class _Drafts:
     Attributes:
       tokens: [B, K] the tokens.
       probabilities: [B, K, V] what each was drawn by.
-      seen: [B, K + 1, V] `_Texts.seen` before each of them and behind the last.
+      seen: [B, K + 1, V] `Texts.seen` before each of them and behind the last.
     """
 
     tokens: Int[Array, "B K"]
@@ -164,20 +90,191 @@ class _Drafts:
     seen: Bool[Array, "B K+1 V"] | None
 
 
-class _Programs:
-    """The compiled functions of a target and a draft."""
+def begin(
+    models: Models,
+    num_draft_tokens: int,
+    variables: Variables,
+    prompts: Int[Array, "B T"],
+    lengths: Int[Array, " B"],
+    keys: Key[Array, " B"],
+    limits: Int[Array, " B"],
+    settings: Settings,
+    stop_tokens: Int[Array, " S"],
+    *,
+    max_length: int,
+    max_new_tokens: int,
+) -> Texts:
+    """Both models read the prompts, and the target draws the first token of each row.
 
-    def __init__(self, model: SequenceModel, draft: SequenceModel, num_draft_tokens: int):
-        models = tuple(map(decoding.served, (model, draft)))
-        begin = functools.partial(_begin, models, num_draft_tokens)
-        self.begin = jax.jit(begin, static_argnames=("max_length", "size"))
-        # The caches are written in place.
-        self.complete = jax.jit(functools.partial(_complete, models), donate_argnums=1)
+    Args:
+      models: the target and the draft.
+      num_draft_tokens: K, tokens that are drafted before each pass of the target.
+      variables: of both.
+      prompts: token ids, padding behind them.
+      lengths: tokens of each prompt.
+      keys: one a row.
+      limits: most tokens that each row gets.
+      settings: see `Sampling.settings`; one number for all rows, or one a row.
+      stop_tokens: ids that end a row.
+      max_length: tokens that a row has room for, prompt included.
+      max_new_tokens: N.
+    """
+    rows, draft_rows = (
+        decoding.begin(*pair, prompts, lengths, keys, settings, stop_tokens, max_length=max_length)
+        for pair in zip(models, variables, strict=True)
+    )
+    num_rows = len(lengths)
+    empty = _tentative(models[0], num_draft_tokens).init_state(num_rows, max_length)
+    none = jnp.zeros((num_rows,), jnp.int32)
+    return Texts(
+        target=rows.state.replace(layers=make_tentative(rows.state.layers, empty.layers)),
+        draft=draft_rows.state,
+        unread=jnp.zeros((num_rows, num_draft_tokens + 1), jnp.int32).at[:, 0].set(rows.token),
+        num_unread=jnp.ones_like(none),
+        count=rows.count,
+        limit=limits,
+        stopped=rows.stopped,
+        keys=keys,
+        seen=rows.seen,
+        tokens=jnp.full((num_rows, max_new_tokens), NO_TOKEN, jnp.int32).at[:, 0].set(rows.token),
+        logprobs=jnp.zeros((num_rows, max_new_tokens)).at[:, 0].set(rows.logprob),
+        passes=none,
+        drafted=none,
+        accepted=none,
+    )
 
 
-@functools.lru_cache(maxsize=16)
-def _programs(model: SequenceModel, draft: SequenceModel, num_draft_tokens: int) -> _Programs:
-    return _Programs(model, draft, num_draft_tokens)
+def empty(
+    models: Models, num_draft_tokens: int, num_rows: int, *, max_length: int, max_new_tokens: int
+) -> Texts:
+    """Rows without a text, which remember their tokens for a repetition penalty. Args as for `begin`."""
+    none = jnp.zeros((num_rows,), jnp.int32)
+    return Texts(
+        target=_tentative(models[0], num_draft_tokens).init_state(num_rows, max_length),
+        draft=models[1].init_state(num_rows, max_length),
+        unread=jnp.zeros((num_rows, num_draft_tokens + 1), jnp.int32),
+        num_unread=none,
+        count=none,
+        limit=none,
+        stopped=jnp.ones((num_rows,), bool),
+        keys=jax.random.split(jax.random.key(0), num_rows),
+        seen=jnp.zeros((num_rows, models[0].vocab_size), bool),
+        tokens=jnp.zeros((num_rows, max_new_tokens), jnp.int32),
+        logprobs=jnp.zeros((num_rows, max_new_tokens)),
+        passes=none,
+        drafted=none,
+        accepted=none,
+    )
+
+
+def admit(
+    models: Models,
+    num_draft_tokens: int,
+    variables: Variables,
+    texts: Texts,
+    rows: Int[Array, " K"],
+    prompts: Int[Array, "K T"],
+    lengths: Int[Array, " K"],
+    keys: Key[Array, " K"],
+    limits: Int[Array, " K"],
+    settings: Settings,
+    stop_tokens: Int[Array, " S"],
+) -> Texts:
+    """Begins texts in K rows that are free. Other args as for `begin`."""
+    max_length = texts.target.max_length
+    new = begin(
+        models,
+        num_draft_tokens,
+        variables,
+        prompts,
+        lengths,
+        keys,
+        limits,
+        settings,
+        stop_tokens,
+        max_length=max_length,
+        max_new_tokens=texts.tokens.shape[1],
+    )
+    target_axes = batch_axes(_tentative(models[0], num_draft_tokens), max_length)
+    draft_axes = batch_axes(models[1], max_length)
+    rest = [each.replace(target=None, draft=None) for each in (texts, new)]
+    return put(*rest, rows).replace(
+        target=put(texts.target, new.target, rows, axes=target_axes),
+        draft=put(texts.draft, new.draft, rows, axes=draft_axes),
+    )
+
+
+def run(
+    models: Models,
+    num_draft_tokens: int,
+    variables: Variables,
+    texts: Texts,
+    is_wanted: Bool[Array, " B"],
+    settings: Settings,
+    stop_tokens: Int[Array, " S"],
+    most_rounds: Int[Array, ""],
+) -> Texts:
+    """Rounds of drafting and judging until no row goes on, or so many.
+
+    Args:
+      models, num_draft_tokens, variables, settings, stop_tokens: as for `begin`.
+      texts: in the making.
+      is_wanted: rows whose text is to go on; the others are free from now on.
+      most_rounds: passes of the target.
+    """
+    target = _tentative(models[0], num_draft_tokens)
+
+    def round_of(texts):
+        # One more token comes with the judgement.
+        num_drafted = jnp.minimum(num_draft_tokens, texts.limit - texts.count - 1)
+        num_drafted = jnp.where(texts.goes_on, num_drafted, 0)
+        # Tokens so far are another number in every round, so no key is used twice.
+        of_round = jax.vmap(jax.random.fold_in)(texts.keys, texts.count)
+        draft_keys, accept_keys = jnp.moveaxis(jax.vmap(jax.random.split)(of_round), 1, 0)
+        texts, drafts = _draft(models[1], variables[1], texts, num_drafted, draft_keys, settings)
+        return _judge(
+            target, variables[0], texts, drafts, num_drafted, accept_keys, settings, stop_tokens
+        )
+
+    def unfinished(carry):
+        texts, rounds = carry
+        return jnp.any(texts.goes_on) & (rounds < most_rounds)
+
+    texts = texts.replace(stopped=texts.stopped | ~is_wanted)
+    body = lambda carry: (round_of(carry[0]), carry[1] + 1)  # noqa: E731
+    return jax.lax.while_loop(unfinished, body, (texts, jnp.int32(0)))[0]
+
+
+class Programs(NamedTuple):
+    """The functions of this file, compiled for a target and a draft."""
+
+    begin: Callable[..., Texts]
+    empty: Callable[..., Texts]
+    admit: Callable[..., Texts]
+    run: Callable[..., Texts]
+
+
+def programs(model: SequenceModel, draft: SequenceModel, num_draft_tokens: int) -> Programs:
+    """Those of the models as they are served; texts that are given to one of them it writes in their place.
+
+    Raises:
+      ValueError: for models of different vocabularies, or no tokens to draft.
+    """
+    if num_draft_tokens < 1:
+        raise ValueError(f"num_draft_tokens={num_draft_tokens}; valid: at least 1")
+    if draft.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"the draft has vocab_size={draft.vocab_size}; valid: that of the model, {model.vocab_size}"
+        )
+    given = (tuple(map(decoding.served, (model, draft))), num_draft_tokens)
+    sizes = ("max_length", "max_new_tokens")
+    return Programs(
+        begin=compiled(begin, *given, static_argnames=sizes),
+        # Compiled, so that no two arrays are one buffer: each is given away to be written in place.
+        empty=compiled(empty, *given, static_argnames=("num_rows", *sizes)),
+        admit=compiled(admit, *given, donate_argnums=1),
+        run=compiled(run, *given, donate_argnums=1),
+    )
 
 
 def _tentative(model: SequenceModel, num_draft_tokens: int) -> SequenceModel:
@@ -185,88 +282,14 @@ def _tentative(model: SequenceModel, num_draft_tokens: int) -> SequenceModel:
     return model.clone(mixers=tuple(Tentative(m, num_draft_tokens + 1) for m in model.mixers))
 
 
-def _begin(
-    models: tuple[SequenceModel, SequenceModel],
-    num_draft_tokens: int,
-    variables: tuple[Any, Any],
-    prompts: Int[Array, "B T"],
-    lengths: Int[Array, " B"],
-    keys: Key[Array, " B"],
-    settings: Settings,
-    stop_tokens: Int[Array, " S"],
-    *,
-    max_length: int,
-    size: int,
-) -> _Texts:
-    """Both models read the prompts, and the target draws the first token of each row."""
-    rows, draft_rows = (
-        decoding.begin(*pair, prompts, lengths, keys, settings, stop_tokens, max_length=max_length)
-        for pair in zip(models, variables, strict=True)
-    )
-    num_rows = len(lengths)
-    empty = _tentative(models[0], num_draft_tokens).init_state(num_rows, max_length)
-    layers = make_tentative(rows.state.layers, empty.layers)
-    none = jnp.zeros((num_rows,), jnp.int32)
-    return _Texts(
-        target=rows.state.replace(layers=layers),
-        draft=draft_rows.state,
-        unread=jnp.zeros((num_rows, num_draft_tokens + 1), jnp.int32).at[:, 0].set(rows.token),
-        num_unread=jnp.ones_like(none),
-        count=rows.count,
-        stopped=rows.stopped,
-        seen=rows.seen,
-        tokens=jnp.full((num_rows, size), NO_TOKEN, jnp.int32).at[:, 0].set(rows.token),
-        logprobs=jnp.zeros((num_rows, size)).at[:, 0].set(rows.logprob),
-        passes=none,
-        drafted=none,
-        accepted=none,
-    )
-
-
-def _complete(
-    models: tuple[SequenceModel, SequenceModel],
-    variables: tuple[Any, Any],
-    texts: _Texts,
-    keys: Key[Array, " B"],
-    settings: Settings,
-    stop_tokens: Int[Array, " S"],
-    max_new_tokens: Int[Array, ""],
-) -> _Texts:
-    """Rounds of drafting and judging until no row goes on."""
-    target = _tentative(models[0], texts.unread.shape[1] - 1)
-
-    def round_of(texts):
-        goes_on = texts.goes_on(max_new_tokens)
-        # One more token comes with the judgement.
-        num_drafted = jnp.minimum(texts.unread.shape[1] - 1, max_new_tokens - texts.count - 1)
-        num_drafted = jnp.where(goes_on, num_drafted, 0)
-        # Tokens so far are another number in every round, so no key is used twice.
-        of_round = jax.vmap(jax.random.fold_in)(keys, texts.count)
-        draft_keys, accept_keys = jnp.moveaxis(jax.vmap(jax.random.split)(of_round), 1, 0)
-        texts, drafts = _draft(models[1], variables[1], texts, num_drafted, draft_keys, settings)
-        return _judge(
-            target,
-            variables[0],
-            texts,
-            drafts,
-            goes_on,
-            num_drafted,
-            accept_keys,
-            settings,
-            stop_tokens,
-        )
-
-    return jax.lax.while_loop(lambda texts: jnp.any(texts.goes_on(max_new_tokens)), round_of, texts)
-
-
 def _draft(
     model: SequenceModel,
     variables: Any,
-    texts: _Texts,
+    texts: Texts,
     num_drafted: Int[Array, " B"],
     keys: Key[Array, " B"],
     settings: Settings,
-) -> tuple[_Texts, _Drafts]:
+) -> tuple[Texts, _Drafts]:
     """Reads what is unread and draws up to K tokens, `num_drafted` of which are of use."""
     num_slots = texts.unread.shape[1] - 1
 
@@ -308,16 +331,15 @@ def _draft(
 def _judge(
     model: SequenceModel,
     variables: Any,
-    texts: _Texts,
+    texts: Texts,
     drafts: _Drafts,
-    goes_on: Bool[Array, " B"],
     num_drafted: Int[Array, " B"],
     keys: Key[Array, " B"],
     settings: Settings,
     stop_tokens: Int[Array, " S"],
-) -> _Texts:
+) -> Texts:
     """The texts with the drafted tokens that stay and the one behind them, as the target's pass over them says."""
-    slots = jnp.arange(texts.unread.shape[1])
+    goes_on, slots = texts.goes_on, jnp.arange(texts.unread.shape[1])
     newest = jnp.take_along_axis(
         texts.unread, jnp.maximum(texts.num_unread - 1, 0)[:, None], axis=1
     )
@@ -362,26 +384,6 @@ def _judge(
         drafted=texts.drafted + num_drafted,
         accepted=texts.accepted + jnp.sum(is_new & ~is_last, axis=1),
     )
-
-
-def probabilities(
-    logits: Float[Array, "... V"], settings: Settings, seen: Bool[Array, "... V"] | None = None
-) -> Float[Array, "... V"]:
-    """What tokens are drawn by (`sampling.draw`); without a temperature all of it is on the most likely one.
-
-    Args:
-      logits: of the next token, at one or more places.
-      settings: see `Sampling.settings`, one number for all rows.
-      seen: tokens that the text has already before that place, for `repetition_penalty`.
-    """
-    num_tokens = logits.shape[-1]
-    flat = lambda x: None if x is None else x.reshape(-1, num_tokens)  # noqa: E731
-    adjusted = adjust(flat(logits), settings, flat(seen))
-    if "temperature" in settings:
-        found = jax.nn.softmax(adjusted)
-    else:
-        found = jax.nn.one_hot(jnp.argmax(adjusted, axis=-1), num_tokens)
-    return found.reshape(logits.shape)
 
 
 def _with_token(seen: Bool[Array, "B V"] | None, token: Int[Array, " B"]):

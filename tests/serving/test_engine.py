@@ -15,7 +15,9 @@ from effjax.depth import Recursive
 from effjax.mixers import Mamba, SlidingWindow
 from effjax.models import DecoderLM
 from effjax.serving import Sampling
-from effjax.serving.engine import Engine, Overloaded, Request
+from effjax.serving.engine import Engine, Overloaded
+from effjax.serving.plain_decoder import PlainDecoder
+from effjax.serving.requests import Request
 from effjax.serving.slots import batch_axes
 
 SLOTS, WAITING = 2, 6
@@ -49,7 +51,8 @@ def variables():
 
 @pytest.fixture(scope="module")
 def engine(variables):
-    with Engine(MODEL, variables, num_slots=SLOTS, max_waiting=WAITING) as engine:
+    decoder = PlainDecoder(MODEL, variables, num_slots=SLOTS)
+    with Engine(decoder, max_waiting=WAITING) as engine:
         yield engine
 
 
@@ -127,7 +130,7 @@ def test_a_failing_step_is_told_and_the_engine_goes_on(engine, variables, rng, m
         raise MemoryError("no room")
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._programs, "step", fails)
+        patch.setattr(engine._decoder, "_step", fails)
         with pytest.raises(MemoryError, match="no room"):
             Heard(engine, random_request(rng)).rest()
     request = random_request(rng)
@@ -155,7 +158,7 @@ def test_requests_that_cannot_be_served_are_refused(engine, change, message):
 
 
 def test_closing_is_told_to_those_that_wait(variables, rng):
-    engine = Engine(MODEL, variables, num_slots=1)
+    engine = Engine(PlainDecoder(MODEL, variables, num_slots=1))
     holds = threading.Event()
     engine.submit(random_request(rng), lambda _: holds.wait(60))
     waiting = Heard(engine, random_request(rng))

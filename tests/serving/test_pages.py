@@ -11,8 +11,10 @@ from effjax.depth import MixtureOfRecursions, Plain
 from effjax.ffn import Gated
 from effjax.mixers import Attention, SlidingWindow, TaylorLinear
 from effjax.models import DecoderLM
-from effjax.serving.engine import Engine, Request
+from effjax.serving.engine import Engine
 from effjax.serving.pages import PAGE_SIZE, PagePool
+from effjax.serving.plain_decoder import PlainDecoder
+from effjax.serving.requests import Request
 
 # Caches of whole texts, which later recursions read and do not write; rings; layers of both.
 MODEL = DecoderLM(
@@ -33,11 +35,12 @@ def test_texts_in_few_pages_are_what_they_are_alone(rng, scan_layers):
     lengths = rng.integers(2, 20, size=7)
     requests = [random_request(rng, GREEDY, int(n)) for n in lengths]
     # Three slots would have room for 120 tokens; there are pages for 64.
-    with Engine(model, variables, num_slots=3, cache_tokens=4 * PAGE_SIZE) as engine:
+    decoder = PlainDecoder(model, variables, num_slots=3, cache_tokens=4 * PAGE_SIZE)
+    with Engine(decoder) as engine:
         heard = [Heard(engine, request) for request in requests]
         texts = [[token.id for token in one.rest()] for one in heard]
         assert engine.free_cache_tokens == 4 * PAGE_SIZE  # all of it is given back
-        leaves = jax.tree.leaves(engine._rows.state)
+        leaves = jax.tree.leaves(decoder._rows.state)
     assert max(leaf.size for leaf in leaves) < 3 * 40 * 8
     prompts = [request.prompt for request in requests]
     expected = serving.generate(model, variables, prompts, 20, sampling=GREEDY).tokens
@@ -57,16 +60,16 @@ def test_pages_are_taken_whole_and_given_back():
 
 
 def test_memory_that_fits_no_request_or_no_model_is_refused(rng):
-    with Engine(MODEL, {}, num_slots=1, cache_tokens=PAGE_SIZE) as engine:
+    with Engine(PlainDecoder(MODEL, {}, num_slots=1, cache_tokens=PAGE_SIZE)) as engine:
         request = random_request(rng, max_new_tokens=PAGE_SIZE)
         with pytest.raises(ValueError, match=f"max_tokens=16; valid: at most {PAGE_SIZE} together"):
             engine.submit(request, print)
     with pytest.raises(ValueError, match="cache_tokens=0; valid: at least 1, or None"):
-        Engine(MODEL, {}, cache_tokens=0)
+        PlainDecoder(MODEL, {}, cache_tokens=0)
     mixers = (TaylorLinear(2, 4), SlidingWindow(2, 1, window=4))
     constant = MODEL.clone(mixers=mixers, depth=Plain())
     with pytest.raises(ValueError, match="the model has no cache of whole texts"):
-        Engine(constant, {}, cache_tokens=64)
+        PlainDecoder(constant, {}, cache_tokens=64)
 
 
 def test_slots_without_a_text_write_nothing(rng):
@@ -74,7 +77,8 @@ def test_slots_without_a_text_write_nothing(rng):
     variables = random_variables(MODEL, rng)
     long = Request(rng.integers(VOCAB, size=12), 2 * PAGE_SIZE - 12, GREEDY)
     short = Request(rng.integers(VOCAB, size=3), 2, GREEDY)
-    with Engine(MODEL, variables, num_slots=2, cache_tokens=3 * PAGE_SIZE) as engine:
+    decoder = PlainDecoder(MODEL, variables, num_slots=2, cache_tokens=3 * PAGE_SIZE)
+    with Engine(decoder) as engine:
         heard = [Heard(engine, request) for request in (long, short, long)]
         texts = [[token.id for token in one.rest()] for one in heard]
     assert texts[0] == texts[2]

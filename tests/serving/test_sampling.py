@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from effjax.serving import Sampling
+from effjax.serving import Sampling, sampling
 from effjax.serving.sampling import adjust, draw
 
 VOCAB, DRAWS = 12, 20_000
@@ -114,6 +114,16 @@ def test_a_setting_may_differ_from_row_to_row(rng):
         probabilities(*row) for row in zip(logits, rows, map(np.flatnonzero, seen), strict=True)
     ]
     np.testing.assert_allclose(got, want, atol=1e-5)
+
+    # At several places of each row, as a draft is judged.
+    logits, seen = np.float32(rng.normal(size=(3, 4, VOCAB))), rng.random((3, 4, VOCAB)) < 0.4
+    got = sampling.probabilities(jnp.asarray(logits), settings, jnp.asarray(seen))
+    for b, row in enumerate(rows):
+        want = [
+            probabilities(a, row, np.flatnonzero(s))
+            for a, s in zip(logits[b], seen[b], strict=True)
+        ]
+        np.testing.assert_allclose(got[b], want, atol=1e-5)
 
 
 def test_what_is_not_in_use_is_not_computed():

@@ -24,18 +24,28 @@ from tiny_models import random_variables
 
 from effjax import serving
 from effjax.data.tokenizers import ByteTokenizer
+from effjax.depth import MixtureOfRecursions
 from effjax.ffn import Gated
 from effjax.heads import Embedding
+from effjax.interop import load_hf
 from effjax.mixers import Attention
 from effjax.models import DecoderLM, TextEncoder
 from effjax.serving.api import create_app
 from effjax.serving.chat import ChatTemplate
-from effjax.serving.server import Loaded, load_folder, main, serve
+from effjax.serving.server import Loaded, find_draft, load_folder, main, serve
 
 KEY = "a secret"
 TOKENIZER = ByteTokenizer()
 SIZE = {"d_model": 16, "num_layers": 1, "ffn": Gated(hidden_dim=16)}
-DECODER = DecoderLM(**SIZE, max_seq_len=96, mixers=(Attention(2, 1),))
+# Decoded depth-wise, as it suits the model.
+DECODER = DecoderLM(
+    d_model=16,
+    num_layers=2,
+    ffn=None,
+    max_seq_len=96,
+    mixers=(Attention(2, 1),),
+    depth=MixtureOfRecursions(2, "cycle"),
+)
 ENCODER = TextEncoder(
     **SIZE, max_seq_len=32, head=Embedding(), mixers=(Attention(2, 1, causal=False),)
 )
@@ -65,11 +75,14 @@ def variables():
     return {model: random_variables(model, rng) for model in (DECODER, ENCODER)}
 
 
+def loaded_of(variables, model):
+    ends = frozenset([TOKENIZER.eos_id])
+    return Loaded(model, variables[model], TOKENIZER, ChatTemplate(), ends)
+
+
 @pytest.fixture(scope="module")
 def service(variables):
-    loaded = Loaded(
-        DECODER, variables[DECODER], TOKENIZER, ChatTemplate(), frozenset([TOKENIZER.eos_id])
-    )
+    loaded = loaded_of(variables, DECODER)
     limits = {"num_slots": 2, "max_waiting": 2, "max_body_bytes": 10_000, "timeout": 60.0}
     return serve(loaded, "tiny", api_key=KEY, **limits)
 
@@ -157,6 +170,13 @@ def test_a_stop_string_ends_a_text_before_it(client):
     assert "".join(chunk.choices[0].text for chunk in chunks) == found.text
 
 
+def metrics_of(url):
+    """Numbers of the page that Prometheus reads, those without labels."""
+    lines = httpx.get(f"{url}/metrics").text.splitlines()
+    pairs = [line.split() for line in lines if line.startswith("effjax_") and "{" not in line]
+    return {name.removeprefix("effjax_"): float(value) for name, value in pairs}
+
+
 def post(url, path="/v1/completions", key=KEY, **body):
     return httpx.post(
         f"{url}{path}", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
@@ -198,13 +218,13 @@ def test_too_many_requests_are_turned_away_and_who_leaves_frees_the_slot(
 ):
     """Long streams fill the slots and the queue; closing them lets others in."""
     goes_on = threading.Event()
-    step = service.engine._programs.step
+    step = service.engine._decoder._step
 
-    def slow_step(*args):
+    def slow_step():
         goes_on.wait(60)
-        return step(*args)
+        return step()
 
-    monkeypatch.setattr(service.engine._programs, "step", slow_step)
+    monkeypatch.setattr(service.engine._decoder, "_step", slow_step)
     long = {"prompt": "x", "max_tokens": 90, "stream": True, "temperature": 2, "model": "tiny"}
 
     async def fill():
@@ -231,8 +251,11 @@ def test_too_many_requests_are_turned_away_and_who_leaves_frees_the_slot(
 
 
 def test_health_and_metrics_need_no_key(url, client):
-    client.completions.create(prompt="x", max_tokens=1, **GREEDY)
+    client.completions.create(prompt="x", max_tokens=4, **GREEDY)
     assert httpx.get(f"{url}/healthz").json() == {"status": "ok"}
+    metrics = metrics_of(url)
+    mean_depth = metrics["recursions_total"] / metrics["recursion_tokens_total"]
+    assert 1 <= mean_depth <= 2  # the first recursion is for every token
     page = httpx.get(f"{url}/metrics").text
     assert 'effjax_requests_total{path="/v1/completions",status="200"}' in page
     for name in ("generated_tokens_total", "prompt_tokens_total", "active", "request_seconds_sum"):
@@ -240,19 +263,15 @@ def test_health_and_metrics_need_no_key(url, client):
 
 
 def test_a_request_that_takes_too_long(variables):
-    loaded = Loaded(
-        DECODER, variables[DECODER], TOKENIZER, ChatTemplate(), frozenset([TOKENIZER.eos_id])
-    )
-    with running(serve(loaded, "tiny", timeout=0.001)) as url:
+    loaded = loaded_of(variables, DECODER)
+    with running(serve(loaded, "tiny", num_slots=2, timeout=0.001)) as url:
         answer = post(url, prompt="x", max_tokens=90, temperature=2)
         assert answer.status_code == 504
         assert answer.json()["error"]["message"] == "the request took longer than 0.001 seconds"
 
 
 def test_embeddings_are_truncated_to_the_dimensions_asked_for(variables):
-    loaded = Loaded(
-        ENCODER, variables[ENCODER], TOKENIZER, ChatTemplate(), frozenset([TOKENIZER.eos_id])
-    )
+    loaded = loaded_of(variables, ENCODER)
     texts = ["one", "a longer text", "x"]
     with (
         running(serve(loaded, "encoder")) as url,
@@ -282,12 +301,15 @@ def test_embeddings_are_truncated_to_the_dimensions_asked_for(variables):
     np.testing.assert_allclose(decoded, whole[0], rtol=1e-4, atol=1e-5)
 
 
-def test_the_command_serves_a_run_until_it_is_told_to_end(tmp_path):
+@pytest.mark.parametrize("drafts", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_command_serves_a_run_until_it_is_told_to_end(tmp_path, drafts):
     model, variables = save_run(tmp_path / "run", "transformer")
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
     command = [sys.executable, "-m", "effjax.serving.server", f"--workdir={tmp_path / 'run'}"]
+    if drafts:  # for itself, so that all of a draft stays
+        command += [f"--draft_workdir={tmp_path / 'run'}", "--draft_tokens=2"]
     process = subprocess.Popen(
         [*command, f"--port={port}", "--name=mine"], cwd=ROOT, stderr=subprocess.PIPE, text=True
     )
@@ -299,6 +321,7 @@ def test_the_command_serves_a_run_until_it_is_told_to_end(tmp_path):
         answer = httpx.post(
             f"{url}/v1/completions", json={"prompt": "x", "temperature": 0}, timeout=60
         ).json()
+        metrics = metrics_of(url)
     finally:
         process.terminate()
         rest = process.communicate(timeout=60)[1]
@@ -308,6 +331,8 @@ def test_the_command_serves_a_run_until_it_is_told_to_end(tmp_path):
     )
     assert answer["choices"][0]["text"] == TOKENIZER.decode(found.completions()[0])
     assert answer["model"] == "mine"
+    if drafts:
+        assert metrics["accepted_draft_tokens_total"] == metrics["draft_tokens_total"] > 0
     assert "Traceback" not in "".join(lines) + rest
 
 
@@ -319,6 +344,22 @@ def test_one_model_has_to_be_named(given):
         pytest.raises(ValueError, match="give one of --workdir and --hf"),
     ):
         main()
+
+
+def test_what_drafts_is_found(variables):
+    loaded = loaded_of(variables, DECODER)
+    assert find_draft(loaded) is None
+    draft = find_draft(loaded, early_exit=1, num_tokens=2)
+    assert (draft.model.depth.num_recursions, draft.num_tokens) == (1, 2)
+    folder = ROOT / "tests/fixtures/hf/llama"
+    llama, llama_variables = load_hf(folder)
+    assert find_draft(loaded, hf=folder).model == llama
+    plain = Loaded(llama, llama_variables, *loaded[2:])
+    assert find_draft(plain, early_exit=1).model == llama.clone(num_layers=1)
+    with pytest.raises(ValueError, match="draft_workdir and early_exit are given; valid: one"):
+        find_draft(loaded, workdir="runs/small", early_exit=1)
+    with pytest.raises(ValueError, match="a draft for a model that embeds"):
+        serve(loaded_of(variables, ENCODER), "encoder", draft=draft)
 
 
 def test_a_hugging_face_folder_is_served_with_its_own_ends(tmp_path):

@@ -24,6 +24,7 @@ from effjax.models import DecoderLM
 from effjax.serving import Sampling, early_exit, speculate, speculative
 from effjax.serving.decoding import served
 from effjax.serving.generation import NO_TOKEN
+from effjax.serving.programs import compiled
 
 VOCAB, NEW = 24, 16
 PROMPTS = (5, 1, 9)
@@ -234,11 +235,11 @@ def wrong_accept(keys, drafted, num_drafted, draft, target):
 
 def test_the_odds_tell_a_wrong_rule(tiny, monkeypatch):
     monkeypatch.setattr(speculative, "accept", wrong_accept)
-    speculative._programs.cache_clear()
+    compiled.cache_clear()
     try:
         found = draw_texts(tiny, make_keys())
     finally:
-        speculative._programs.cache_clear()
+        compiled.cache_clear()
     odds = [odds_of_texts(tiny[0], prompt) for prompt in TINY_PROMPTS]
     assert min(tail_of(found.tokens[i::2], odds[i]) for i in range(2)) < TAIL
 
