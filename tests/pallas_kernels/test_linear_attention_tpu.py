@@ -68,9 +68,12 @@ SHORT_CASES = ("segments and a state", "one short chunk")
 @pytest.mark.parametrize(
     ("case", "feature_map", "dtype"),
     [(case, "taylor", "float32") for case in SHORT_CASES]
-    + [("segments and a state", name, "float32") for name in ("identity", SIGNED)]
-    + [("turned", "elu+1", "bfloat16")]
-    + [pytest.param("turned", "elu+1", "float32", marks=pytest.mark.slow)]
+    + [("segments and a state", SIGNED, "float32")]
+    + [pytest.param("segments and a state", "identity", "float32", marks=pytest.mark.slow)]
+    + [
+        pytest.param("turned", "elu+1", dtype, marks=pytest.mark.slow)
+        for dtype in ("float32", "bfloat16")
+    ]
     + [pytest.param("segments and a state", "softplus", "float32", marks=pytest.mark.slow)]
     + [("segments and a state", "taylor", "bfloat16")]
     + [pytest.param("many turned", "taylor", "bfloat16", marks=pytest.mark.slow)]
