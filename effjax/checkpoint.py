@@ -4,14 +4,19 @@
     workdir/checkpoints/<step>/    one checkpoint, complete or absent
         params/  ema/              parameters, and their average if there is one
         rest/                      step, optimizer state, random key
-        data/                      state of the data iterator, a file a process
+        data/                      state of the data, a file a process with that of the rows that it made
         progress/                  anything else that the loop carries, and the digests of the arrays
 
 A step directory is written under another name and renamed when everything is in it, so a kill at any moment leaves
 the checkpoints before it. What a disk may do to a directory afterwards (truncate, lose or flip) is found on reading, by
 the formats themselves and by a digest of each item's arrays; reading then goes on with the checkpoint before.
+
+Several processes save and restore together, each the parts of the arrays that its devices hold, in one folder that all
+can reach. They agree on what can be read: a checkpoint that one of them cannot read is damaged for all. A run may go on
+with another number of processes than it was saved by.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -21,16 +26,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
+
+from effjax import data, processes
+from effjax.digest import digest
 
 logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "config.json"
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "damaged_checkpoints"
+
+_ARRAY_ITEMS = ("params", "ema", "rest")
+_MIN_SLICE_BYTES = 2**22
+# In the message of the ValueError that the format of the arrays makes of an error of the disk.
+_DISK_ERROR = "os_error_code"
 
 # What may change when a run goes on; everything else makes it another run.
 _FREE_FIELDS = (
@@ -42,8 +55,12 @@ _FREE_FIELDS = (
     "training.keep",
     "training.keep_best",
     "training.log_every",
+    "training.max_skipped",
+    "training.nonfinite",
     "training.num_steps",
     "data.prefetch",
+    "data.retries",
+    "data.retry_seconds",
 )
 
 
@@ -54,7 +71,8 @@ class CheckpointError(ValueError):
 class Checkpoints:
     """The checkpoints of one run: saved in the background, the newest `keep` and the best one kept.
 
-    A context manager; leaving it waits for the save in flight.
+    A context manager; leaving it waits for the save in flight. When one of several processes leaves it by an exception
+    it does not wait: the others, whose part of the save would have to come, may be gone.
 
     Attributes:
       directory: where the step directories lie.
@@ -70,8 +88,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        if kind is None or not processes.several():
+            self.close()
 
     def steps(self) -> list[int]:
         """Steps of the complete checkpoints on disk, in increasing order."""
@@ -94,6 +113,7 @@ class Checkpoints:
 
         Raises:
           FloatingPointError: if an array of the state is not finite; nothing is written.
+          CheckpointError: if this checkpoint or the one before it cannot be written. `wait` and `close` raise it too.
         """
         import grain  # its handler writes the iterator's state, one file a process
 
@@ -103,10 +123,14 @@ class Checkpoints:
         record = {"digests": digests, "heldout_loss": heldout_loss, "progress": dict(progress)}
         if heldout_loss is not None:
             self._policy.losses[step] = heldout_loss
-        arrays = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        data = grain.checkpoint.CheckpointSave(iterator)
-        args = ocp.args.Composite(**arrays, data=data, progress=ocp.args.JsonSave(record))
-        self._manager.save(step, args=args, force=True)
+        arrays = {name: ocp.args.PyTreeSave(tree) for name, tree in items.items()}
+        args = ocp.args.Composite(
+            **arrays,
+            data=grain.checkpoint.CheckpointSave(iterator),
+            progress=ocp.args.JsonSave(record),
+        )
+        with self._writing():
+            self._manager.save(step, args=args, force=True)
 
     def restore[State](
         self, abstract_state: State, iterator: Any
@@ -118,7 +142,7 @@ class Checkpoints:
         Args:
           abstract_state: the state as `jax.ShapeDtypeStruct`s with the shardings to restore onto, which need not be
             those that were saved.
-          iterator: a grain iterator; its state is set in place.
+          iterator: a grain iterator of this process; its state is set in place.
 
         Returns:
           The state and the progress that was saved with it; None if nothing was saved yet.
@@ -131,18 +155,36 @@ class Checkpoints:
         if found is None:
             return None
         restored, damaged = found
-        for path in damaged:
-            _set_aside(path)
+        if processes.is_first():
+            for path in damaged:
+                _set_aside(path)
+        processes.wait("damaged checkpoints are out of the way")
         return restored
 
     def wait(self) -> None:
         """Returns when the save in flight is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits and ends the background threads."""
         if "_manager" in self.__dict__:
-            self._manager.close()
+            with self._writing():
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Where it comes out that a checkpoint, begun now or earlier, could not be written."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            if not isinstance(error, OSError) and _DISK_ERROR not in str(error):
+                raise
+            whole = ", ".join(map(str, self.steps())) or "none"
+            raise CheckpointError(
+                f"a checkpoint could not be written to {self.directory} (those that are complete: {whole}); "
+                f"valid: a folder with room that can be written to, then start again; {_short(error, 600)}"
+            ) from error
 
     @functools.cached_property
     def _policy(self) -> "_KeepBest":
@@ -157,7 +199,21 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             lightweight_initialize=True,
         )
-        return ocp.CheckpointManager(self.directory, options=options)
+        # Devices that hold the same array write a slice of it each, for which a program is compiled for every shape;
+        # that is worth its time for large arrays only.
+        writer = ocp.type_handlers.ArrayHandler(
+            min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES
+        )
+        types = ocp.type_handlers.create_type_handler_registry(
+            (jax.Array, writer),
+            (np.ndarray, ocp.type_handlers.NumpyHandler()),
+            (np.number, ocp.type_handlers.ScalarHandler()),
+        )
+        handlers = {
+            name: ocp.PyTreeCheckpointHandler(type_handler_registry=types) for name in _ARRAY_ITEMS
+        }
+        registry = ocp.handlers.create_default_handler_registry(**handlers)
+        return ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
 
 
 def restore_variables(workdir: str | Path, step: int | None = None) -> tuple[dict[str, Any], int]:
@@ -238,37 +294,6 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def digest(tree: Any) -> int:
-    """A number that any flipped bit of any array changes, whatever the shardings: sums of their bits modulo 2^32.
-
-    Raises:
-      FloatingPointError: if an array has an element that is not finite, naming the arrays.
-    """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    checked = jax.device_get(_sums_of_bits([leaf for _, leaf in leaves]))
-    poisoned = [
-        jax.tree_util.keystr(path)
-        for (path, _), (_, is_finite) in zip(leaves, checked, strict=True)
-        if not is_finite
-    ]
-    if poisoned:
-        raise FloatingPointError(f"not finite: {', '.join(poisoned)}")
-    # Arrays are not interchangeable, so their sums are not simply added.
-    return functools.reduce(lambda total, one: (31 * total + int(one[0])) % 2**32, checked, 0)
-
-
-@jax.jit
-def _sums_of_bits(arrays: list[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
-    return [_sum_of_bits(x) for x in arrays]
-
-
-def _sum_of_bits(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    finite = jnp.all(jnp.isfinite(x)) if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.array(True)
-    unsigned = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    bits = x.astype(unsigned) if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)
-    return jnp.sum(bits, dtype=jnp.uint32), finite
-
-
 @dataclasses.dataclass
 class _KeepBest(checkpoint_managers.PreservationPolicy):
     """Preserves the checkpoint of lowest held-out loss; `losses` is by step."""
@@ -311,8 +336,11 @@ def _steps(directory: Path) -> list[int]:
 def _newest_readable(directory: Path, read: Any, steps: Sequence[int] | None = None) -> Any:
     """(What `read(step directory)` returns for the newest it can read, the directories it failed on); None if empty."""
     damaged: dict[Path, Exception] = {}
-    for step in reversed(_steps(directory) if steps is None else steps):
+    # A folder on the network may look different to another process for a moment.
+    steps = processes.from_first(_steps(directory) if steps is None else steps)
+    for step in reversed(steps):
         path = directory / str(step)
+        logger.info("reading checkpoint %s", path)
         try:
             found = read(path)
         except Exception as error:  # the readers raise whatever their formats trip over
@@ -331,15 +359,31 @@ def _newest_readable(directory: Path, read: Any, steps: Sequence[int] | None = N
 def _read_state[State](
     path: Path, abstract_state: State, iterator: Any
 ) -> tuple[State, dict[str, Any]]:
-    import grain
-
-    record = _record(path)
-    items = {
-        name: _read_arrays(path / name, tree, record["digests"][name])
-        for name, tree in _items(abstract_state).items()
-    }
-    grain.checkpoint.CheckpointHandler().restore(path / "data", item=iterator)
+    """What `Checkpoints.restore` returns, or an exception on all processes alike."""
+    error = None
+    try:
+        record = _record(path)
+        items = {
+            name: _read_arrays(path / name, tree) for name, tree in _items(abstract_state).items()
+        }
+        iterator.set_state(_read_data(path / "data"))
+        iterator.start_prefetch()
+    except Exception as one:
+        error = one
+    if not processes.every(error is None):
+        raise error or CheckpointError("another process cannot read it")
+    for name, arrays in items.items():
+        _check_digest(arrays, record["digests"][name])
     return _from_items(abstract_state, items), record["progress"]
+
+
+def _read_data(folder: Path) -> dict[str, Any]:
+    """The state of the data of all processes that saved it."""
+    files = sorted(folder.glob("process_*-of-*.json"))
+    count = int(files[0].stem.rpartition("-")[2]) if files else 1
+    if len(files) != count:
+        raise CheckpointError(f"{folder} has {len(files)} of the {count} states of its data")
+    return data.joined_state(json.loads(file.read_text()) for file in files)
 
 
 def _read_variables(path: Path) -> tuple[dict[str, Any], int]:
@@ -350,15 +394,24 @@ def _read_variables(path: Path) -> tuple[dict[str, Any], int]:
     abstract = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), metadata
     )
-    return {"params": _read_arrays(path / name, abstract, digests[name])}, int(path.name)
+    params = _read_arrays(path / name, abstract)
+    _check_digest(params, digests[name])
+    return {"params": params}, int(path.name)
 
 
-def _read_arrays(path: Path, abstract: Any, expected_digest: int) -> Any:
-    with ocp.StandardCheckpointer() as reader:
-        arrays = reader.restore(path, abstract)
-    if digest(arrays) != expected_digest:
+def _read_arrays(path: Path, abstract: Any) -> Any:
+    # Each process reads by itself: one that waited for the others would wait for ever if they fail.
+    alone = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=alone, active_processes={alone}, barrier_sync_key_prefix=f"process_{alone}"
+    )
+    with ocp.StandardCheckpointer(multiprocessing_options=options) as reader:
+        return reader.restore(path, abstract)
+
+
+def _check_digest(arrays: Any, expected: int) -> None:
+    if digest(arrays) != expected:
         raise CheckpointError("its arrays are not those that were saved (digests differ)")
-    return arrays
 
 
 def _record(path: Path) -> dict[str, Any]:
@@ -380,9 +433,9 @@ def _set_aside(path: Path) -> None:
     path.rename(folder / f"{path.name}.{number}")
 
 
-def _short(error: Exception) -> str:
+def _short(error: Exception, length: int = 200) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    return f"{type(error).__name__}: {lines[0][:length]}"
 
 
 def _plain(config: Any) -> Any:

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import resource
 import shutil
+import time
 from typing import Any
 
 import flax.struct
@@ -213,6 +215,33 @@ def test_what_a_kill_leaves_behind_is_no_checkpoint(tmp_path, rng):
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2]
         assert not unfinished.exists()
+
+
+def wait_until_quiet(folder):
+    """Returns when nothing has been written for a while."""
+    before = None
+    while before != (now := sorted(folder.rglob("*"))):
+        before = now
+        time.sleep(0.5)
+
+
+def test_a_disk_that_is_full_is_one_error_and_costs_no_other_checkpoint(tmp_path, rng):
+    kernel = jnp.asarray(rng.standard_normal((256, 256)), jnp.float32)
+    states = [make_state(rng, step).replace(params={"kernel": kernel}) for step in (1, 2)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(states[0], numbers(1), {})
+        checkpoints.wait()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (kernel.nbytes // 4, hard))
+        try:
+            checkpoints.save(states[1], numbers(2), {})
+            with pytest.raises(CheckpointError, match=r"complete: 1\).*File too large"):
+                checkpoints.wait()
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    wait_until_quiet(tmp_path)  # the other arrays may still be on their way
+    assert save(tmp_path, states[1:]) == [1, 2]
+    assert_same(Checkpoints(tmp_path).restore(abstract(states[1]), numbers())[0], states[1])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -1,4 +1,4 @@
-"""Data: sources, tokenizers, packing; deterministic, resumable, sharded by process.
+"""Data: sources, tokenizers, packing; deterministic, resumable, shared out by rows.
 
 config = effjax.data.default_config()
 for batch in effjax.data.build(config, split="train"):
@@ -7,6 +7,7 @@ for batch in effjax.data.build(config, split="train"):
 
 from effjax.data import ngrams
 from effjax.data.recipe import DataIterator, DataRecipe, build, default_config, documents, tokenizer
+from effjax.data.streams import joined_state
 from effjax.data.tokenizers import Tokenizer
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "build",
     "default_config",
     "documents",
+    "joined_state",
     "ngrams",
     "tokenizer",
 ]

@@ -3,16 +3,18 @@ held-out evaluation.
 
 Each function returns a `grain.IterDataset`; its iterator has `get_state` and `set_state`
 (JSON-able), and a restored iterator yields the very next batch, bit for bit. Order depends on the
-seed and on nothing else.
+seed and the number of streams, and never on which rows of the batches a process makes.
 """
 
 import functools
+from collections.abc import Sequence
 
 import grain
 import numpy as np
 
 from effjax.data.packing import batch_of_rows, packed_rows
 from effjax.data.sources import Documents, StreamedDocuments
+from effjax.data.streams import BatchesOfExamples, RowsOfStreams
 from effjax.data.tokenizers import Tokenizer
 
 # Held-out documents, and the rows they are packed into, come in one fixed random order: the first
@@ -29,45 +31,54 @@ def train_batches(
     *,
     seq_len: int,
     batch_size: int,
+    rows: Sequence[int],
     seed: int,
     shuffle_window: int,
-    shard_index: int,
-    shard_count: int,
+    shards: int,
 ) -> grain.IterDataset:
-    """Endless packed batches of one process.
+    """Endless packed batches, or some rows of them.
 
-    Each process reads only its share of the documents. Documents come in another order each epoch;
-    packed rows are then shuffled within windows, so that a batch is not made of neighbouring pieces
-    of one long document.
+    The documents are dealt to streams, each of which makes `batch_size / shards` rows of every batch; only the streams
+    that make one of the wanted rows are read. Documents come in another order each epoch; packed rows are then shuffled
+    within windows, so that a batch is not made of neighbouring pieces of one long document.
 
     Args:
       documents: random-access documents, or a stream (which keeps its own order).
       tokenizer: encodes documents of bytes.
       seq_len: T, positions a row.
-      batch_size: B, rows a batch of this process.
+      batch_size: rows a batch over all processes.
+      rows: which of them to make, increasing; B is their number.
       seed: of both shuffles.
-      shuffle_window: rows in a window.
-      shard_index: which process this is.
-      shard_count: how many there are.
+      shuffle_window: rows in the windows of all streams together.
+      shards: streams; divides `batch_size`.
 
     Returns:
       A dataset of batches as `packing.batch_of_rows` describes, all positions filled.
 
     Raises:
-      ValueError: if there are fewer documents than processes.
+      ValueError: if there are fewer documents than streams.
     """
     document_seed, row_seed = _seeds(seed)
-    if isinstance(documents, StreamedDocuments):
-        stream = grain.experimental.RepeatIterDataset(documents.shard(shard_index, shard_count))
-    else:
-        documents = grain.MapDataset.source(documents)
-        stream = _repeated(documents, document_seed, shard_index, shard_count)
-    rows = packed_rows(stream, tokenizer, seq_len)
-    rows = grain.experimental.WindowShuffleIterDataset(
-        rows, window_size=shuffle_window, seed=row_seed
-    )
+
+    def stream(number: int) -> grain.IterDataset:
+        if isinstance(documents, StreamedDocuments):
+            dealt = grain.experimental.RepeatIterDataset(documents.shard(number, shards))
+        else:
+            dealt = grain.MapDataset.source(documents)[number::shards]
+            dealt = dealt.shuffle(document_seed).repeat().to_iter_dataset(_READ)
+        return grain.experimental.WindowShuffleIterDataset(
+            packed_rows(dealt, tokenizer, seq_len),
+            window_size=-(-shuffle_window // shards),
+            seed=row_seed,
+        )
+
+    if not isinstance(documents, StreamedDocuments) and len(documents) < shards:
+        raise ValueError(
+            f"data: shards is {shards}, with {len(documents)} document(s) in the train split; "
+            "valid: at most one shard a document"
+        )
     to_batch = functools.partial(batch_of_rows, pad_id=tokenizer.pad_id)
-    return rows.batch(batch_size).map(to_batch)
+    return RowsOfStreams(stream, rows, batch_size // shards).map(to_batch)
 
 
 def heldout_batches(
@@ -76,16 +87,14 @@ def heldout_batches(
     *,
     seq_len: int,
     batch_size: int,
+    rows: Sequence[int],
     shuffle_window: int,
-    shard_index: int,
-    shard_count: int,
 ) -> grain.IterDataset:
-    """One pass of packed batches, each held-out transition exactly once.
+    """One pass of packed batches, each held-out transition exactly once, or some rows of them.
 
-    Every process packs all held-out documents and takes its part of each global batch. So all
-    processes have equally many batches, as an evaluation step across processes needs, and the
-    numbers do not depend on how many processes there are. The last global batch is padded with rows
-    of segment 0.
+    Every process packs all held-out documents and takes its rows of each batch. So all processes
+    have equally many batches, as an evaluation step across processes needs, and the numbers do not
+    depend on how many processes there are. The last batch is padded with rows of segment 0.
 
     Args and returns as for `train_batches`.
     """
@@ -94,36 +103,31 @@ def heldout_batches(
     else:
         stream = grain.MapDataset.source(documents).shuffle(_HELDOUT_SEED).to_iter_dataset(_READ)
     to_batch = functools.partial(batch_of_rows, pad_id=tokenizer.pad_id)
-    rows = packed_rows(stream, tokenizer, seq_len)
-    rows = grain.experimental.WindowShuffleIterDataset(
-        rows, window_size=shuffle_window, seed=_HELDOUT_SEED
+    packed = grain.experimental.WindowShuffleIterDataset(
+        packed_rows(stream, tokenizer, seq_len), window_size=shuffle_window, seed=_HELDOUT_SEED
     )
-    return _share_of_padded_batches(rows, batch_size, shard_index, shard_count).map(to_batch)
+    return _padded_batches(packed, batch_size, rows).map(to_batch)
 
 
 def train_examples(
-    examples: grain.MapDataset, *, batch_size: int, seed: int, shard_index: int, shard_count: int
+    examples: grain.MapDataset, *, batch_size: int, rows: Sequence[int], seed: int
 ) -> grain.IterDataset:
-    """Endless batches of one process out of ready examples, shuffled anew each epoch.
+    """Endless batches of ready examples, shuffled anew each epoch, or some rows of them.
 
     Args:
       examples: random-access dicts of arrays of one shape, such as `pairs.encode_pair` makes.
-      batch_size, seed, shard_index, shard_count: as for `train_batches`.
+      batch_size, rows, seed: as for `train_batches`.
 
     Returns:
-      A dataset of stacked examples.
+      A dataset of stacked examples. Only those of the wanted rows are made.
     """
-    document_seed, _ = _seeds(seed)
-    return _repeated(examples, document_seed, shard_index, shard_count).batch(batch_size)
+    example_seed, _ = _seeds(seed)
+    endless = examples.shuffle(example_seed).repeat()
+    return BatchesOfExamples(endless, rows, batch_size).to_iter_dataset(_READ)
 
 
 def heldout_examples(
-    examples: grain.MapDataset,
-    *,
-    batch_size: int,
-    pad_id: int,
-    shard_index: int,
-    shard_count: int,
+    examples: grain.MapDataset, *, batch_size: int, rows: Sequence[int], pad_id: int
 ) -> grain.IterDataset:
     """One pass over ready examples in a fixed order, shared out as by `heldout_batches`.
 
@@ -131,29 +135,18 @@ def heldout_examples(
     """
     stream = examples.shuffle(_HELDOUT_SEED).to_iter_dataset(_READ)
     fill = functools.partial(_fill_padding, pad_id=pad_id)
-    return _share_of_padded_batches(stream, batch_size, shard_index, shard_count).map(fill)
+    return _padded_batches(stream, batch_size, rows).map(fill)
 
 
-def _repeated(
-    documents: grain.MapDataset, seed: int, shard_index: int, shard_count: int
+def _padded_batches(
+    stream: grain.IterDataset, batch_size: int, rows: Sequence[int]
 ) -> grain.IterDataset:
-    if len(documents) < shard_count:
-        raise ValueError(
-            f"shard_count is {shard_count}, with {len(documents)} document(s) in the train split; "
-            "valid: at least one document for each process"
-        )
-    share = documents[shard_index::shard_count]
-    return share.shuffle(seed).repeat().to_iter_dataset(_READ)
-
-
-def _share_of_padded_batches(
-    rows: grain.IterDataset, batch_size: int, shard_index: int, shard_count: int
-) -> grain.IterDataset:
-    """This process's rows of the batches over all processes, the last of them padded with zeros."""
-    size = batch_size * shard_count
-    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=size)
-    own = slice(shard_index * batch_size, (shard_index + 1) * batch_size)
-    return rows.batch(size, batch_fn=pad).map(lambda batch: {k: v[own] for k, v in batch.items()})
+    """The wanted rows of each batch, the last batch padded with zeros."""
+    pad = functools.partial(grain.experimental.batch_and_pad, batch_size=batch_size)
+    wanted = list(rows)
+    return stream.batch(batch_size, batch_fn=pad).map(
+        lambda batch: {field: array[wanted] for field, array in batch.items()}
+    )
 
 
 def _fill_padding(batch: dict[str, np.ndarray], pad_id: int) -> dict[str, np.ndarray]:

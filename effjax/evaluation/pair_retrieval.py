@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from effjax import processes
 from effjax.evaluation import retrieval
 
 KS = (1, 5, 10)
@@ -46,15 +47,16 @@ def embed_pairs(
     sides = {"query": _Texts(), "document": _Texts()}
     pairs: dict[tuple[int, int], None] = {}  # ordered, each once
     for batch in batches:
-        masks = [np.asarray(batch[f"{side}_segment_ids"]) > 0 for side in sides]
+        texts = processes.fetch(dict(batch))
+        masks = [texts[f"{side}_segment_ids"] > 0 for side in sides]
         kept = np.flatnonzero(masks[0].any(axis=1) & masks[1].any(axis=1))
         ids = []
         for side, mask in zip(sides, masks, strict=True):
             inputs = {name: batch[f"{side}_{name}"] for name in ("tokens", "segment_ids")}
-            vectors = np.asarray(forward(variables, inputs)[0], np.float32)
-            tokens = np.asarray(inputs["tokens"])
-            texts = [tokens[row][mask[row]].tobytes() for row in kept]
-            ids.append([sides[side].add(t, vectors[r]) for t, r in zip(texts, kept, strict=True)])
+            vectors = np.asarray(processes.fetch(forward(variables, inputs)[0]), np.float32)
+            tokens = texts[f"{side}_tokens"]
+            keys = [tokens[row][mask[row]].tobytes() for row in kept]
+            ids.append([sides[side].add(k, vectors[r]) for k, r in zip(keys, kept, strict=True)])
         pairs.update(dict.fromkeys(zip(*ids, strict=True)))
     if not pairs:
         raise ValueError("batches have no pair with text on both sides; valid: one or more")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from effjax import processes
 from effjax.evaluation.heldout import geometric_edges
 
 
@@ -65,7 +66,7 @@ def evaluate_recall(
     step = _make_step(model)
     totals = None
     for batch in batches:
-        counts = np.asarray(step(variables, dict(batch)), np.int64)
+        counts = np.asarray(processes.fetch(step(variables, dict(batch))), np.int64)
         totals = counts if totals is None else totals + counts
     if totals is None or not totals[1].sum():
         raise ValueError("batches have no target with loss_mask > 0; valid: one or more")

@@ -4,7 +4,7 @@ import functools
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import ml_collections
 
-from effjax import checkpoint, data, models
+from effjax import checkpoint, data, models, processes
 from effjax.evaluation import cost, report
 from effjax.evaluation.baselines import ngram_baselines
 from effjax.evaluation.forward import compile_forward, inputs_of
@@ -84,9 +84,13 @@ def evaluate_variables(
     workdir: str | Path,
     *,
     step: int | None = None,
+    rows: Sequence[int] | None = None,
     on_devices: Callable[[Batch], Batch] = dict,
 ) -> dict[str, Any]:
     """`evaluate` for a model and variables that are in memory.
+
+    On several processes all of them call it; the first writes the files, and it alone reads the training text for the
+    baselines of n-grams.
 
     Args:
       config: see `evaluate`; the sections data, objective and evaluation are read.
@@ -94,14 +98,15 @@ def evaluate_variables(
       variables: its variables, wherever they live.
       workdir: an existing folder.
       step: the update after which the variables are as they are, for the report.
-      on_devices: puts a batch where the model runs; the default leaves that to JAX.
+      rows: which rows of each batch this process makes; None makes all.
+      on_devices: puts those rows where the model runs; the default leaves that to JAX.
 
     Returns:
       The report, as in `report.json`.
     """
     config = plain_config(config)
     options = {"num_batches": 64, "latency_runs": 10} | config.get("evaluation", {})
-    batches = functools.partial(_batches, config["data"], on_devices, options["num_batches"])
+    batches = functools.partial(_batches, config["data"], rows, on_devices, options["num_batches"])
     first = next(batches(), None)
     if first is None:
         raise ValueError(
@@ -129,6 +134,8 @@ def evaluate_variables(
         results |= found
         drawings |= drawn
     results |= _cost(model, variables, inputs, forward, options["latency_runs"], results)
+    if not processes.is_first():
+        return report.plain(results)
     results["plots"] = _draw(drawings, Path(workdir))
     results = report.plain(results)
     report.write(results, workdir)
@@ -174,8 +181,9 @@ def _language_model(config, model, variables, batches, forward) -> Iterator[tupl
         draw = _plot("recall_by_distance", by_distance, recall.accuracy)
         yield {"associative_recall": found}, {"associative_recall.png": draw}
     else:
-        logger.info("n-gram baselines")
-        baselines = ngram_baselines(config["data"])
+        if processes.is_first():
+            logger.info("n-gram baselines")
+            baselines = ngram_baselines(config["data"])
         results["baselines"] = {f"{name}_bits_per_byte": x for name, x in baselines.items()}
     draw = _plot("loss_by_position", by_position, baselines)
     yield {"heldout": results}, {"loss_by_position.png": draw}
@@ -257,13 +265,8 @@ def _replicated(variables: Any) -> jax.sharding.Sharding | None:
     return None
 
 
-def _batches(config, on_devices, num_batches) -> Iterator[Batch]:
-    found = data.build(
-        config,
-        split="heldout",
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-    )
+def _batches(config, rows, on_devices, num_batches) -> Iterator[Batch]:
+    found = data.build(config, split="heldout", rows=rows)
     try:
         yield from map(on_devices, itertools.islice(found, num_batches))
     finally:

@@ -9,10 +9,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 from jaxtyping import Array
 
+from effjax import processes
 from effjax.evaluation.forward import inputs_of
 from effjax.evaluation.text_grid import Passage, passage
 
@@ -67,14 +67,14 @@ def measure_token_compute(
         reported = {k: x for k, x in metrics.items() if k.startswith(PREFIX)}
         if not reported:
             break
-        reported = jax.device_get(reported)
-        segment_ids = np.asarray(batch["segment_ids"])
+        reported, segment_ids, tokens = processes.fetch(
+            (reported, batch["segment_ids"], batch["tokens"])
+        )
         keep = num_kept < max_passage_tokens
         for name, values in reported.items():
             seen, number = np.unique(values[segment_ids > 0], return_counts=True)
             counts[name].update(dict(zip(seen.tolist(), number.tolist(), strict=True)))
             if keep:
-                tokens = np.asarray(batch["tokens"])
                 passages[name] += _passages(tokenizer, tokens, values, segment_ids)
         num_kept += np.count_nonzero(segment_ids)
     return {

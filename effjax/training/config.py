@@ -12,6 +12,8 @@ from effjax import data, models, optim, registry
 from effjax.models.layer_tying import INITIALISATIONS
 from effjax.training import sharding
 
+NONFINITE = ("stop", "skip")
+
 
 def default(model: str, **overrides: Any) -> ml_collections.ConfigDict:
     """A complete config for a model of the zoo, tiny by default; recipes change what they care about.
@@ -32,6 +34,9 @@ def default(model: str, **overrides: Any) -> ml_collections.ConfigDict:
         "num_steps": 150,
         "accumulation_steps": 1,
         "ema_decay": config_dict.placeholder(float),
+        # What to do about a step whose loss, gradient or update is not finite: stop, or skip up to so many in a row.
+        "nonfinite": "stop",
+        "max_skipped": 10,
         "log_every": 10,
         "eval_every": 50,
         "eval_batches": 8,
@@ -39,7 +44,7 @@ def default(model: str, **overrides: Any) -> ml_collections.ConfigDict:
         "keep": 2,
         "keep_best": True,
     }
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1}
+    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "context": 1}
     config.evaluation = {
         "step": config_dict.placeholder(int),  # of the checkpoint; none is the newest
         "num_batches": 256,
@@ -131,9 +136,13 @@ def check(config: Mapping[str, Any]) -> None:
         "eval_every",
         "checkpoint_every",
         "keep",
+        "max_skipped",
     ):
         if training[field] < 1:
             raise ValueError(f"training.{field}={training[field]}; valid: 1 or more")
+    if training["nonfinite"] not in NONFINITE:
+        wrong = registry.unknown("choice", training["nonfinite"], NONFINITE)
+        raise ValueError(f"training.nonfinite: {wrong}")
     decay = training["ema_decay"]
     if decay is not None and not 0 < decay < 1:
         raise ValueError(f"training.ema_decay={decay}; valid: between 0 and 1, or None")
@@ -153,6 +162,10 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"data.batch_size={batch_size}; valid: a multiple of {parts} "
             f"(mesh axes data x fsdp x expert, times training.accumulation_steps)"
+        )
+    if config["data"]["seq_len"] % mesh.shape["context"]:
+        raise ValueError(
+            f"data.seq_len={config['data']['seq_len']}; valid: a multiple of mesh.context={mesh.shape['context']}"
         )
 
 
@@ -186,6 +199,7 @@ def of_size(
     config.data.seq_len = 2048
     config.data.shuffle_window = 4096
     config.data.batch_size = 512
+    config.data.shards = 64  # so many processes read no more than their share of the documents
     config.optimizer.schedule = part_config("schedule", "warmup_stable_decay")
     config.training.num_steps = 20_000
     config.training.log_every = 50

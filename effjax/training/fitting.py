@@ -7,8 +7,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from rich.console import Console
 
-from effjax import checkpoint, evaluation
+from effjax import checkpoint, evaluation, processes
 from effjax.training import compilation, curves, metrics, sharding, summary
 from effjax.training import config as configs
 from effjax.training.loop import Run
@@ -24,6 +25,9 @@ def fit(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     SIGTERM and SIGINT end it after the current step with a checkpoint. However a run ends, the next `fit` with the same
     config and workdir continues from the last complete checkpoint with the very next batch, so that on the same mesh
     its losses are bit for bit those of a run that was never interrupted.
+
+    Called by each of several processes (`effjax.training.distributed.joined`), it is one run of all of them over all
+    their devices, with one workdir that all can reach; the first process writes the files and speaks.
 
     Args:
       config: as `effjax.training.config.default` makes it.
@@ -43,7 +47,7 @@ def fit(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     workdir = Path(workdir)
     checkpoint.check_same_run(workdir, config)
     num_steps = config["training"]["num_steps"]
-    screen = Screen(num_steps)
+    screen = Screen(num_steps, None if processes.is_first() else Console(quiet=True))
     earlier = summary.read(workdir)
     if earlier is not None and earlier["steps"] >= num_steps:
         screen.say(f"{workdir} has done its {earlier['steps']} steps already; its summary:")
@@ -54,12 +58,14 @@ def fit(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     mesh = sharding.make_mesh(config["mesh"])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
         with Run(config, workdir, mesh, screen) as run:
-            checkpoint.save_config(workdir, config)
+            if processes.is_first():
+                checkpoint.save_config(workdir, config)
             screen.say(_opening(run, workdir))
             try:
                 signal = run.train()
             finally:
-                curves.draw(workdir, metrics.read(workdir))
+                if processes.is_first():
+                    curves.draw(workdir, metrics.read(workdir))
             if signal is not None:
                 screen.say(
                     f"{signal.name}: stopped after step {run.step}, all saved; start again to go on"
@@ -72,9 +78,17 @@ def fit(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
             run.state.variables(),
             workdir,
             step=run.step,
-            on_devices=run.on_devices,
+            rows=run.share.rows.tolist(),
+            on_devices=run.share.on_devices,
         )
     found = summary.summarise(report, run)
+    if processes.is_first():
+        _publish(found, workdir, screen)
+    return found
+
+
+def _publish(found: Mapping[str, Any], workdir: Path, screen: Screen) -> None:
+    """Draws, writes and shows what the run came to."""
     baselines = {
         name: found[f"{name}_bits_per_byte"]
         for name in ("unigram", "bigram")
@@ -84,7 +98,6 @@ def fit(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     summary.write(workdir, found)
     screen.console.print(summary.table(found))
     screen.say(f"wrote {workdir}: {', '.join(sorted(os.listdir(workdir)))}")
-    return found
 
 
 def _make_folder(workdir: Path) -> None:
@@ -100,7 +113,8 @@ def _opening(run: Run, workdir: Path) -> str:
     params = sum(x.size for x in jax.tree.leaves(run.state.params))
     devices = jax.devices()
     start = f"going on after step {run.step}" if run.step else "starting"
+    together = f" of {jax.process_count()} processes" if processes.several() else ""
     return (
-        f"{run.config['model']['name']} with {params:,} parameters on {len(devices)} x {devices[0].device_kind}; "
-        f"{start} in {workdir}"
+        f"{run.config['model']['name']} with {params:,} parameters on {len(devices)} x {devices[0].device_kind}"
+        f"{together}; {start} in {workdir}"
     )

@@ -3,12 +3,14 @@
 The loop keeps the devices busy and still knows what they do: it dispatches a step, makes the next batch while the step
 runs, and only then fetches the metrics of the step before the last. Every step's metrics are looked at, so a loss that
 is not finite is found two steps later at most, and always before a checkpoint is written.
+
+On several processes each runs this loop over its share of the data, and all decide alike, because they decide by sums
+over all processes, which come with the metrics. The first process alone writes the log.
 """
 
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import signal
 import time
@@ -21,20 +23,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from effjax import checkpoint, data, models, optim, registry
-from effjax.training import initial, lowering, sharding
+from effjax import checkpoint, data, models, optim, processes, registry
+from effjax.training import initial, lowering, sharding, stopping
+from effjax.training.batches import Share
 from effjax.training.metrics import Counts, Interval, MetricsLog
 from effjax.training.progress import Screen
 from effjax.training.state import TrainState, initialise, initialiser
-from effjax.training.stopping import StopRequest
 from effjax.training.validation import Validation
 
 # Steps that are dispatched before the metrics of one are fetched: the devices always have the next one waiting.
 _STEPS_IN_FLIGHT = 2
+# A batch that takes longer is worth a line: the devices had nothing to do.
+_SLOW_BATCH_SECONDS = 10.0
 
 
 class NonFiniteLossError(ValueError):
-    """The loss or its gradient is not finite; the message names the step, the metrics and the last good checkpoint."""
+    """A loss, gradient or update that is not finite; the message names the step and the last good checkpoint."""
 
 
 @dataclasses.dataclass
@@ -48,6 +52,8 @@ class Progress:
       compile_seconds: time spent compiling the training step.
       wall_seconds: all the time of the starts before this one.
       best_loss: lowest held-out loss so far.
+      skipped: steps whose update was left out because it was not finite.
+      skipped_in_a_row: those among the last steps.
     """
 
     interval: Interval = dataclasses.field(default_factory=Interval)
@@ -56,6 +62,8 @@ class Progress:
     compile_seconds: float = 0.0
     wall_seconds: float = 0.0
     best_loss: float | None = None
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Progress":
@@ -71,6 +79,7 @@ class Run:
       state: the train state.
       step: updates done so far, known without asking the devices.
       progress: see `Progress`.
+      share: which rows of each batch this process makes.
     """
 
     def __init__(self, config: Mapping[str, Any], workdir: Path, mesh: Mesh, screen: Screen):
@@ -89,6 +98,7 @@ class Run:
         self.model = models.create(**config["model"])
         self._objective = registry.build("objective", config["objective"])
         self._optimizer, self._schedule = optim.build(config["optimizer"], training["num_steps"])
+        self.share = Share.of(mesh, config["data"]["batch_size"])
         self._iterator = self._data("train")
         self._token_num_bytes = data.tokenizer(config["data"]).token_num_bytes
         self._replicated = NamedSharding(self.mesh, PartitionSpec())
@@ -99,6 +109,8 @@ class Run:
             workdir, keep=training["keep"], keep_best=training["keep_best"]
         )
         self._pending: collections.deque = collections.deque()
+        self._stop = stopping.StopRequest()
+        self._agreed_stop: signal.Signals | None = None
         self._compiled: tuple[Any, Any] | None = None
         self._restore_or_initialise()
 
@@ -125,23 +137,31 @@ class Run:
     def train(self) -> signal.Signals | None:
         """Runs to the last step, or until SIGTERM or SIGINT; either way the state is saved on return.
 
+        A signal to one of several processes stops all of them after the same step.
+
         Returns:
           The signal that came, or None.
 
         Raises:
-          NonFiniteLossError: if the loss or its gradient is not finite.
+          NonFiniteLossError: if the loss or its gradient is not finite, and that is not to be skipped or is too often.
         """
         with contextlib.ExitStack() as stack:
-            stop = stack.enter_context(StopRequest())
+            stack.enter_context(self._stop)
             stack.enter_context(self._checkpoints)
-            self._log = stack.enter_context(MetricsLog(self.workdir, last_step=self.step))
+            if processes.is_first():
+                self._log = stack.enter_context(MetricsLog(self.workdir, last_step=self.step))
             stack.enter_context(self.screen)
             self._schedule(self.step)  # compiled here, and not in the measured time
             self._last_arrival = time.perf_counter()
-            while not self.finished and not stop.received:
+            while not self.finished and self._stop_signal is None:
                 self._advance()
             self._save()
-        return stop.received
+            return self._stop_signal
+
+    @property
+    def _stop_signal(self) -> signal.Signals | None:
+        """What ends the run before its last step: one process stops at once, several when all know of it."""
+        return self._agreed_stop if processes.several() else self._stop.received
 
     def _advance(self) -> None:
         """One step, and what is due after it."""
@@ -149,7 +169,8 @@ class Run:
         update = self._update_function(batch)
         self.state, metrics = update(self.state, batch)
         self.step += 1
-        self._pending.append((self.step, metrics, counts))
+        of_all = processes.summed([*dataclasses.astuple(counts), *self._stop.flags])
+        self._pending.append((self.step, metrics, of_all))
         self._collect(_STEPS_IN_FLIGHT)
         improved = self._is_due("eval_every") and self._evaluate()
         if self._is_due("checkpoint_every") or (improved and self.config["training"]["keep_best"]):
@@ -185,9 +206,11 @@ class Run:
     def _collect(self, leave: int) -> None:
         """Fetches the metrics of all but the newest `leave` steps, checks them and logs what is due."""
         while len(self._pending) > leave:
-            step, metrics, counts = self._pending.popleft()
-            metrics = jax.device_get(metrics)
+            step, metrics, of_all = self._pending.popleft()
+            metrics, (*counts, terminated, interrupted) = jax.device_get((metrics, of_all))
             arrival = time.perf_counter()
+            counts = Counts.from_sums(counts)
+            self._agreed_stop = stopping.first_of((terminated, interrupted)) or self._agreed_stop
             seconds, self._last_arrival = arrival - self._last_arrival, arrival
             self._check_finite(step, metrics)
             self.progress.interval.add(metrics, counts, seconds)
@@ -202,11 +225,12 @@ class Run:
         values, seconds_per_step = dict(heldout), None
         if self._is_due("log_every", step):
             interval = self.progress.interval
-            learning_rate = float(self._schedule(step - 1))
+            learning_rate = float(self._schedule(step - 1 - self.progress.skipped))
             values = interval.means() | values | interval.rates() | {"learning_rate": learning_rate}
             seconds_per_step = interval.seconds / interval.steps
             self.progress.interval = Interval()
-        self._log.write(step, values)
+        if processes.is_first():
+            self._log.write(step, values)
         self.screen.show(step, values, seconds_per_step)
 
     def _evaluate(self) -> bool:
@@ -244,11 +268,25 @@ class Run:
         self._saved_step = self.step
 
     def _check_finite(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
-        if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
-            return
+        """Raises if the run cannot go on with the state after this step; counts the step if it was skipped."""
+        progress = self.progress
+        if metrics.get("skipped"):
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            most = self.config["training"]["max_skipped"]
+            if progress.skipped_in_a_row <= most:
+                return
+            advice = (
+                f"{most} steps before it were skipped (training.max_skipped), and it is no better"
+            )
+        else:
+            progress.skipped_in_a_row = 0
+            if np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"]):
+                return
+            advice = "training.nonfinite=skip leaves out such steps"
         offending = [f"{name}={value}" for name, value in metrics.items() if not np.isfinite(value)]
         raise NonFiniteLossError(
-            f"step {step}: {', '.join(offending)}; {self._last_good()}; "
+            f"step {step}: {', '.join(offending) or 'the update is not finite'}; {self._last_good()}; {advice}; "
             "a lower optimizer.schedule.peak or optimizer.clip_norm may help"
         )
 
@@ -281,28 +319,21 @@ class Run:
         self._heldout: tuple[int | None, float] = (None, float("nan"))
 
     def _data(self, split: str) -> data.DataIterator:
-        return data.build(
-            self.config["data"],
-            split=split,
-            shard_index=jax.process_index(),
-            shard_count=jax.process_count(),
-        )
+        return data.build(self.config["data"], split=split, rows=self.share.rows.tolist())
 
     def _next_batch(self) -> tuple[dict[str, jax.Array], Counts]:
+        start = time.perf_counter()
         batch = next(self._iterator)
-        return self.on_devices(batch), Counts.of(batch, self._token_num_bytes)
+        waited = time.perf_counter() - start
+        if waited > _SLOW_BATCH_SECONDS:
+            self.screen.say(f"step {self.step}: waited {waited:.0f} s for a batch")
+        counts = Counts.of(self.share.counted_rows(batch), self._token_num_bytes)
+        return self.share.on_devices(batch), counts
 
     def _heldout_batches(self) -> Iterator[dict[str, jax.Array]]:
         batches = self._data("heldout")
         try:
             limit = self.config["training"]["eval_batches"]
-            yield from map(self.on_devices, itertools.islice(batches, limit))
+            yield from map(self.share.on_devices, itertools.islice(batches, limit))
         finally:
             batches.close()
-
-    def on_devices(self, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Puts this process's part of a batch on the mesh, its rows split."""
-        put = functools.partial(
-            jax.make_array_from_process_local_data, sharding.batch_sharding(self.mesh)
-        )
-        return {name: put(array) for name, array in batch.items()}

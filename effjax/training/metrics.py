@@ -3,7 +3,8 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ LN2 = math.log(2.0)
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What is in one batch of this process.
+    """What is in some rows of a batch.
 
     Attributes:
       positions: places for input tokens, padding included; what the arithmetic is spent on.
@@ -43,15 +44,26 @@ class Counts:
         num_bytes = np.sum(mask * token_num_bytes[batch["targets"]])
         return cls(positions, tokens, float(mask.sum()), float(num_bytes))
 
+    @classmethod
+    def from_sums(cls, values: Sequence[float]) -> "Counts":
+        """The inverse of `dataclasses.astuple`, whatever type the numbers have taken on the way."""
+        positions, tokens, targets, num_bytes = map(float, values)
+        return cls(int(positions), int(tokens), targets, num_bytes)
+
 
 @dataclasses.dataclass
 class Interval:
     """Running means of the steps since the last line of the log.
 
     All fields are plain numbers: a checkpoint between two lines carries them as JSON, exactly.
+
+    Attributes:
+      steps: how many there were, those that were skipped included.
+      skipped: how many were skipped, and count in no mean.
     """
 
     steps: int = 0
+    skipped: int = 0
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     nats: float = 0.0
     bytes: float = 0.0
@@ -62,6 +74,10 @@ class Interval:
     def add(self, metrics: Mapping[str, Any], counts: Counts, seconds: float) -> None:
         """Adds one step: its scalar metrics, its batch, and how long it took."""
         self.steps += 1
+        self.seconds += seconds
+        if metrics.get("skipped"):
+            self.skipped += 1
+            return
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0.0) + float(value)
         self.nats += float(metrics.get("cross_entropy", 0.0)) * counts.targets
@@ -69,11 +85,12 @@ class Interval:
         self.tokens += counts.tokens
         # A backward pass multiplies twice where the forward pass multiplies once (arXiv 2001.08361, section 2.1).
         self.flops += 3.0 * float(metrics.get("flops/spent", 0.0)) * counts.positions
-        self.seconds += seconds
 
     def means(self) -> dict[str, float]:
-        """The mean of each metric over the steps; bits per byte over all their text."""
-        means = {name: total / self.steps for name, total in self.sums.items()}
+        """The mean of each metric over the steps; bits per byte over all their text; the number of skipped steps."""
+        means = {name: total / (self.steps - self.skipped) for name, total in self.sums.items()}
+        if self.skipped or "skipped" in means:
+            means["skipped"] = self.skipped
         if self.bytes:
             means["bits_per_byte"] = self.nats / LN2 / self.bytes
         return means
@@ -97,7 +114,9 @@ class MetricsLog:
 
     def __init__(self, workdir: str | Path, *, last_step: int):
         """Opens the log of `workdir`, keeping the lines up to `last_step`."""
-        from tensorboardX import SummaryWriter  # slow to import
+        # Not its SummaryWriter: when the thread in which that writes fails, as on a full disk, it blocks its caller.
+        from tensorboardX.event_file_writer import EventsWriter  # slow to import
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self.path = Path(workdir) / METRICS_FILE
         lines = [json.dumps(line) + "\n" for line in read(workdir) if line["step"] <= last_step]
@@ -105,9 +124,12 @@ class MetricsLog:
         unfinished.write_text("".join(lines))
         unfinished.replace(self.path)
         self._file = self.path.open("a")
-        self._tensorboard = SummaryWriter(
-            str(self.path.with_name(TENSORBOARD_FOLDER)), purge_step=last_step + 1
-        )
+        folder = self.path.with_name(TENSORBOARD_FOLDER)
+        folder.mkdir(exist_ok=True)
+        self._tensorboard = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
+        # Hides what an earlier start wrote of later steps.
+        start = SessionLog(status=SessionLog.START)
+        self._tensorboard.write_event(Event(step=last_step + 1, session_log=start))
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -118,11 +140,17 @@ class MetricsLog:
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a line; a value that is not finite is null in it, as JSON has no such numbers."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        summary = Summary(
+            value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        )
+        self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._tensorboard.flush()
 
 
 def read(workdir: str | Path) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ _SHOWN = (
     ("moe/mean_experts", "experts", "{:.2f}"),
     ("moe/fraction_dropped", "dropped", "{:.1%}"),
     ("moe/router_entropy", "router entropy", "{:.2f}"),
+    ("skipped", "skipped", "{:.0f}"),
 )
 
 

@@ -1,5 +1,6 @@
 """One optimizer update as a pure function of (state, batch)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ def make_train_step(
     *,
     accumulation_steps: int = 1,
     ema_decay: float | None = None,
+    skip_nonfinite: bool = False,
 ) -> Callable[[TrainState, dict[str, Any]], tuple[TrainState, Metrics]]:
     """The update function, to be jitted by the caller with its shardings and a donated state.
 
@@ -29,10 +31,12 @@ def make_train_step(
       accumulation_steps: micro-batches that a batch is cut into; their gradients are averaged by each one's
         `metrics["weight"]` (targets), so the update is that of the whole batch.
       ema_decay: decay of the parameter average, or None for none.
+      skip_nonfinite: leave the state as it is, but for `step`, where the loss, its gradient or the update is not
+        finite.
 
     Returns:
       `step(state, batch) -> (state, metrics)`; metrics are those of the objective with `loss` and `grad_norm` (before
-      clipping).
+      clipping), and with `skipped` (1 or 0) if that may happen.
     """
 
     def loss_fn(params, batch, rng):
@@ -53,8 +57,13 @@ def make_train_step(
         if ema_decay is not None:
             ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        state = state.replace(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-        return state, metrics
+        updated = state.replace(params=params, opt_state=opt_state, ema=ema)
+        if skip_nonfinite:
+            norms = jnp.stack([metrics["loss"], metrics["grad_norm"], optax.tree.norm(updates)])
+            is_finite = jnp.all(jnp.isfinite(norms))
+            updated = jax.tree.map(functools.partial(jnp.where, is_finite), updated, state)
+            metrics["skipped"] = 1 - is_finite.astype(jnp.float32)
+        return updated.replace(step=state.step + 1), metrics
 
     return step
 

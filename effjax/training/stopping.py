@@ -2,8 +2,9 @@
 
 import signal
 import threading
+from collections.abc import Sequence
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
@@ -20,9 +21,14 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self._previous = {}
 
+    @property
+    def flags(self) -> list[bool]:
+        """Of each of `SIGNALS`, whether it came; what processes add up so that all know it."""
+        return [self.received == number for number in SIGNALS]
+
     def __enter__(self) -> "StopRequest":
         if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -36,3 +42,8 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+def first_of(flags: Sequence[float]) -> signal.Signals | None:
+    """The first of `SIGNALS` whose flag is up, in one process or in the sum of several."""
+    return next((number for number, flag in zip(SIGNALS, flags, strict=True) if flag), None)

@@ -21,7 +21,10 @@ def refused(config, *fragments, split="train", **options):
         ("seq_len", 1, "2 or more"),
         ("batch_size", 0, "1 or more"),
         ("shuffle_window", 0, "1 or more"),
+        ("shards", 0, "1 or more"),
         ("prefetch", -1, "0 or more"),
+        ("retries", -1, "0 or more"),
+        ("retry_seconds", -1.0, "0 or more"),
         ("seed", -1, "0 <= seed < 2**32"),
         ("seed", 2**32, "0 <= seed < 2**32"),
         ("seq_len", "long", "int"),
@@ -39,14 +42,15 @@ def test_unknown_names_show_the_nearest():
     refused({"tokenizer": "byte"}, "'byte'", "did you mean 'bytes'")
 
 
-def test_split_and_shards():
+def test_split_rows_and_shards():
     refused({}, "split is 'valid'", "'train', 'heldout'", split="valid")
     with pytest.raises(ValueError, match="split is 'test'; valid: 'train', 'heldout'"):
         data.documents({}, split="test")
-    refused(
-        {}, "shard_index is 2", "0 <= shard_index < shard_count = 2", shard_index=2, shard_count=2
-    )
-    refused({}, "batch_size is 16", "a multiple of shard_count = 3", shard_index=0, shard_count=3)
+    for rows in ([], [16], [-1], [2, 1], [3, 3]):
+        refused(
+            {}, f"rows is {rows}", "increasing numbers from 0 to batch_size - 1 = 15", rows=rows
+        )
+    refused({"shards": 3}, "batch_size is 16", "a multiple of shards = 3")
 
 
 @pytest.mark.parametrize("name", ["stdlib", "stdlib_pairs"])
@@ -84,7 +88,7 @@ def test_one_document_cannot_be_split(tmp_path):
     source = {"name": "text", "paths": str(tmp_path / "a.txt"), "heldout_fraction": 0.0}
     refused({"source": source}, "heldout_fraction is 0.0", "none of 1 document", "set separator",
             split="heldout")  # fmt: skip
-    refused({"source": source, "batch_size": 2}, "shard_count is 2, with 1 document", shard_count=2)
+    refused({"source": source, "shards": 2}, "shards is 2, with 1 document")
 
 
 def test_token_files_that_are_none(tmp_path):

@@ -100,16 +100,63 @@ def test_each_epoch_has_every_document_in_another_order(corpus, tmp_path):
 
 def test_three_processes_read_every_training_document_once(corpus, tmp_path):
     corpus(40)
-    config = text_config(tmp_path, shuffle_window=1, batch_size=6)
+    config = text_config(tmp_path, shuffle_window=1, batch_size=6, shards=3)
     train = list(data.documents(config, split="train"))
-    count = len(train)
     seen = []
     for shard in range(3):
-        share = len(range(shard, count, 3))
-        batches = first(100, config, shard_index=shard, shard_count=3)
+        share = set(train[shard::3])
+        batches = first(100, config, rows=(2 * shard, 2 * shard + 1))
         assert batches[0]["tokens"].shape == (2, 32)
-        seen += document_bytes(batches)[:share]  # one epoch of this process
+        documents = document_bytes(batches)[:-1]  # the last may be cut
+        assert share.issuperset(documents)
+        seen += documents[: len(share)]  # one epoch of this process
     assert sorted(seen) == sorted(train)
+
+
+@pytest.mark.parametrize("shards", [1, 2, 6])
+def test_a_row_does_not_depend_on_which_others_are_made(corpus, tmp_path, rng, shards):
+    corpus(40)
+    config = text_config(tmp_path, batch_size=6, shards=shards)
+    whole = first(20, config)
+    owner = rng.permutation([0, 0, 1, 1, 2, 2])
+    for process in range(3):
+        rows = np.flatnonzero(owner == process)
+        own = [{field: array[rows] for field, array in batch.items()} for batch in whole]
+        assert_same(first(20, config, rows=rows.tolist()), own)
+
+
+def test_rows_of_examples_do_not_depend_on_which_others_are_made():
+    task = AssociativeRecall(num_pairs=4, vocab_size=32, num_rows=50)
+    config = {"source": task, "seq_len": 24, "batch_size": 4}
+    parts = [first(30, config, rows=rows) for rows in ([0, 3], [1], [2])]
+    for batch, a, b, c in zip(first(30, config), *parts, strict=True):  # more than two epochs
+        tokens = [a["tokens"][0], b["tokens"][0], c["tokens"][0], a["tokens"][1]]
+        np.testing.assert_array_equal(batch["tokens"], tokens)
+
+
+@pytest.mark.parametrize("source", ["text", "rows"])
+def test_other_processes_go_on_where_some_have_stopped(corpus, tmp_path, source):
+    """Two processes save after 7 batches, and three go on."""
+    corpus(40)
+    config = text_config(tmp_path, batch_size=6, shards=6)
+    if source == "rows":
+        config["source"] = AssociativeRecall(num_pairs=4, vocab_size=32, num_rows=50)
+    states = []
+    for rows in (range(4), range(2, 6)):  # some rows are made by both
+        iterator = data.build(config, split="train", rows=rows)
+        for _ in range(7):
+            next(iterator)
+        states.append(json.loads(json.dumps(iterator.get_state())))
+    state = data.joined_state(states)
+    whole = first(20, config)[7:]
+    for rows in ([0, 1], [2, 3], [4, 5]):
+        iterator = data.build(config, split="train", rows=rows)
+        iterator.set_state(state)
+        own = [{field: array[rows] for field, array in batch.items()} for batch in whole]
+        assert_same(list(itertools.islice(iterator, 13)), own)
+    next(iterator)
+    with pytest.raises(ValueError, match="states of data differ"):
+        data.joined_state([state, iterator.get_state()])
 
 
 def test_heldout_is_one_fixed_pass_with_every_byte_once(corpus, tmp_path):
@@ -132,9 +179,7 @@ def test_heldout_batches_do_not_depend_on_the_number_of_processes(corpus, tmp_pa
     corpus(40)
     config = text_config(tmp_path, batch_size=6)
     alone = list(data.build(config, split="heldout"))
-    shares = [
-        list(data.build(config, split="heldout", shard_index=i, shard_count=3)) for i in range(3)
-    ]
+    shares = [list(data.build(config, split="heldout", rows=(2 * i, 2 * i + 1))) for i in range(3)]
     joined = [
         {field: np.concatenate([part[field] for part in parts]) for field in parts[0]}
         for parts in zip(*shares, strict=True)

@@ -17,8 +17,12 @@ def recipe(name):
 
 
 def sizes():
+    """Every size of every recipe, those between the smallest and the largest for `-m slow`."""
     for name in RECIPES:
-        yield from ((name, size) for size in (None, *getattr(recipe(name), "SIZES", ())))
+        named = list(getattr(recipe(name), "SIZES", ()))
+        for size in (None, *named):
+            is_between = size in named[1:-1]
+            yield pytest.param(name, size, marks=[pytest.mark.slow] if is_between else [])
 
 
 @pytest.mark.parametrize(("name", "size"), list(sizes()))

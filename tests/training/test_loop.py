@@ -197,6 +197,21 @@ def test_a_loss_that_is_not_finite_stops_and_poisons_nothing(tmp_path, text, che
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(variables))
 
 
+def test_steps_that_are_not_finite_are_skipped_up_to_a_bound(tmp_path, text):
+    config = make_config(text, checkpoint_every=1, eval_every=100, log_every=1, keep=9)
+    config.training.update(nonfinite="skip", max_skipped=3)
+    config.optimizer.schedule = configs.part_config("schedule", "broken_from", step=6)
+    with pytest.raises(NonFiniteLossError) as raised:
+        train(config, tmp_path)
+    message = str(raised.value)
+    assert message.startswith("step 10: the update is not finite; the last good checkpoint is")
+    assert "3 steps before it were skipped (training.max_skipped)" in message
+    skipped = {line["step"]: line["skipped"] for line in curve(tmp_path)}
+    assert skipped == {step: int(step > 6) for step in range(1, 10)}
+    before, after = (checkpoint.restore_variables(tmp_path, step)[0] for step in (6, 9))
+    assert bits(before) == bits(after)
+
+
 def test_a_workdir_that_is_a_file(tmp_path, text):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(ValueError, match="file"):

@@ -78,6 +78,25 @@ def test_interval_means_and_rates(rng):
     )
 
 
+def test_a_skipped_step_counts_in_no_mean(rng):
+    steps = make_steps(rng)
+    with_skipped, without = Interval(), Interval()
+    for metrics_, counts, seconds in steps:
+        without.add(metrics_ | {"skipped": 0.0}, counts, seconds)
+        with_skipped.add(metrics_ | {"skipped": 0.0}, counts, seconds)
+        with_skipped.add({"loss": np.nan, "skipped": 1.0}, counts, 0.0)
+    assert with_skipped.means() == without.means() | {"skipped": len(steps)}
+    assert with_skipped.rates() == without.rates()
+    nothing_but_skipped = Interval()
+    nothing_but_skipped.add({"loss": np.nan, "skipped": 1.0}, steps[0][1], 1.0)
+    assert nothing_but_skipped.means() == {"skipped": 1}
+
+
+def test_counts_come_back_from_sums(rng):
+    (_, counts, _) = make_steps(rng, 1)[0]
+    assert Counts.from_sums(np.float32(dataclasses.astuple(counts))) == counts
+
+
 def test_an_interval_survives_json_exactly(rng):
     steps = make_steps(rng, 6)
     whole, first = Interval(), Interval()

@@ -78,14 +78,22 @@ def test_accumulation_is_the_update_of_the_whole_batch(count, seed):
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-4)
 
 
-def test_ema_follows_its_recurrence(seed):
-    optimizer = optax.sgd(0.5)
+def test_ema_follows_its_recurrence_and_a_skipped_step_changes_nothing(seed):
+    optimizer = optax.adamw(1e-2)
     batch = make_batch(seed)
+    poisoned = batch | {"loss_mask": np.where(batch["targets"] == 3, np.nan, batch["loss_mask"])}
     state = first_state(optimizer, ema=True)
-    step = jax.jit(make_train_step(MODEL, next_token, optimizer, ema_decay=0.75))
+    update = make_train_step(MODEL, next_token, optimizer, ema_decay=0.75, skip_nonfinite=True)
+    step = jax.jit(update)
     expected = jax.tree.map(np.asarray, state.params)
     for _ in range(3):
-        state, _ = step(state, batch)
+        before, number = state, int(state.step)
+        state, metrics = step(state, poisoned)
+        assert metrics["skipped"] == 1
+        assert state.step == number + 1
+        jax.tree.map(np.testing.assert_array_equal, state.replace(step=before.step), before)
+        state, metrics = step(state, batch)
+        assert metrics["skipped"] == 0
         expected = jax.tree.map(
             lambda e, p: 0.75 * e + 0.25 * np.asarray(p), expected, state.params
         )

@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 import grain
 
+from effjax.data.retries import NO_PATIENCE, Patience
 from effjax.data.splits import check_fraction, check_split, in_split
 from effjax.registry import register
 
@@ -83,7 +85,14 @@ class HuggingFaceDataset:
 class StreamedDocuments(grain.IterDataset):
     """A stream of documents, `bytes` each, as a grain dataset whose iterators can be saved."""
 
-    def __init__(self, dataset: Any, text_field: str, split: str, heldout_fraction: float | None):
+    def __init__(
+        self,
+        dataset: Any,
+        text_field: str,
+        split: str,
+        heldout_fraction: float | None,
+        patience: Patience = NO_PATIENCE,
+    ):
         """Wraps a `datasets.IterableDataset`.
 
         Args:
@@ -91,19 +100,30 @@ class StreamedDocuments(grain.IterDataset):
           text_field: the column with the text.
           split: which side of the hash split to keep.
           heldout_fraction: share of the texts that is held out by hash; None keeps every text.
+          patience: how often the stream is opened again where it broke.
         """
         super().__init__()
         self._dataset = dataset
         self._text_field = text_field
         self.split = split
         self._heldout_fraction = heldout_fraction
+        self.patience = patience
+
+    def patient(self, patience: Patience) -> "StreamedDocuments":
+        """The same stream, opened again where it breaks."""
+        return self._like(self._dataset, patience)
 
     def shard(self, index: int, count: int) -> "StreamedDocuments":
-        """The share of one process: whole files if they divide evenly, else every nth example."""
+        """The share of one of several streams: whole files if they divide evenly, else every nth example."""
         from datasets.distributed import split_dataset_by_node
 
         shared = split_dataset_by_node(self._dataset, rank=index, world_size=count)
-        return StreamedDocuments(shared, self._text_field, self.split, self._heldout_fraction)
+        return self._like(shared, self.patience)
+
+    def _like(self, dataset: Any, patience: Patience) -> "StreamedDocuments":
+        return StreamedDocuments(
+            dataset, self._text_field, self.split, self._heldout_fraction, patience
+        )
 
     def text(self, example: dict[str, Any]) -> bytes | None:
         """The text of an example, or None if it is empty or on the other side of the split."""
@@ -129,7 +149,7 @@ class _StreamIterator(grain.DatasetIterator):
         self._found = False
 
     def __next__(self) -> bytes:
-        for example in self._examples:
+        while (example := self._next_example()) is not None:
             text = self._documents.text(example)
             if text is not None:
                 self._found = True
@@ -138,9 +158,22 @@ class _StreamIterator(grain.DatasetIterator):
             # An endless repetition of nothing would hang.
             raise ValueError(
                 f"source 'hf': the stream has no text in split {self._documents.split!r} for this "
-                "process; valid: at least one text"
+                "share; valid: at least one text"
             )
         raise StopIteration
+
+    def _next_example(self) -> dict[str, Any] | None:
+        """The next example, or None at the end of the stream."""
+        return self._documents.patience.call(
+            lambda: next(self._examples, None),
+            "data: the stream of source 'hf'",
+            failures=_broken_connections(),
+            reopen=self._reopen,
+        )
+
+    def _reopen(self) -> None:
+        """Goes on after the last example that came; the iterator that failed is at its end."""
+        self.set_state(self.get_state())
 
     def get_state(self) -> dict[str, Any]:
         return {"dataset": self._dataset.state_dict(), "found": self._found}
@@ -149,6 +182,15 @@ class _StreamIterator(grain.DatasetIterator):
         self._dataset.load_state_dict(state["dataset"])
         self._examples = iter(self._dataset)
         self._found = state["found"]
+
+
+def _broken_connections() -> tuple[type[Exception], ...]:
+    """What a broken connection may raise: the libraries below `datasets` have exceptions of their own for it."""
+    of_libraries = (("aiohttp", "ClientError"), ("httpx", "HTTPError"))
+    found = (
+        getattr(sys.modules[name], error) for name, error in of_libraries if name in sys.modules
+    )
+    return (OSError, *found)
 
 
 def _no_column(text_field: str, columns: Iterable[str]) -> str:
