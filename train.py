@@ -1,11 +1,36 @@
 """Trains a model and evaluates it: `uv run train.py --config=configs/mor.py`."""
 
+import contextlib
+import functools
+
 from absl import flags
 
 from effjax import cli
 
 _CONFIG = cli.define_config("Config of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "One of several processes that train together; the cluster (TPU pod, SLURM, Kubernetes, Open MPI) says which, or "
+    "these flags:",
+)
+_PROCESS = (
+    flags.DEFINE_string("distributed.coordinator_address", None, "host:port of process 0."),
+    flags.DEFINE_integer("distributed.num_processes", None, "How many processes there are."),
+    flags.DEFINE_integer("distributed.process_id", None, "Which one this is, from 0."),
+)
+_TOPOLOGY = flags.DEFINE_string(
+    "plan.topology",
+    None,
+    "Plan the run for chips that need not be here, and train nothing: v5p:8x8x8, v5e:16x16, v6e:4x4, h100:2x8 (hosts "
+    "x GPUs of each), or cpu for the CPU devices of this host.",
+)
+_PLAN = (
+    flags.DEFINE_bool("plan.search", False, "Rank meshes, micro-batches and remat policies."),
+    flags.DEFINE_integer("plan.decode_batch", None, "Plan decoding of so many texts instead."),
+    flags.DEFINE_integer("plan.decode_context", None, "Tokens of each; default: max_seq_len."),
+)
 flags.register_validator(
     "config", lambda config: config is not None, "name a recipe, such as --config=configs/mor.py"
 )
@@ -14,7 +39,37 @@ flags.register_validator(
 def main():
     from effjax import training  # after the flags: a wrong one is told at once
 
-    training.fit(_CONFIG.value, _WORKDIR.value or cli.default_workdir())
+    workdir = _WORKDIR.value or cli.default_workdir()
+    if _planned(workdir):
+        return
+    with _joined():
+        training.fit(_CONFIG.value, workdir)
+
+
+def _planned(workdir):
+    """Whether the run was to be planned, which is done then."""
+    for flag in _PLAN:
+        if flag.present and _TOPOLOGY.value is None:
+            raise ValueError(f"--{flag.name} without --plan.topology; valid: both, or neither")
+    if _TOPOLOGY.value is None:
+        return False
+    from effjax.training import planning
+
+    planning.run(_CONFIG.value, _TOPOLOGY.value, workdir, *(flag.value for flag in _PLAN))
+    return True
+
+
+def _joined():
+    """The context of a run: among its processes where there are several."""
+    for flag in _PROCESS:
+        if flag.present and not _DISTRIBUTED.value:
+            raise ValueError(f"--{flag.name} without --distributed; valid: both, or neither")
+    if not _DISTRIBUTED.value:
+        return contextlib.nullcontext()
+    from effjax.training import distributed
+
+    report = functools.partial(cli.one_message, flags.FLAGS.debug)
+    return distributed.joined(*(flag.value for flag in _PROCESS), report)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from benchmarks.kernels.bundles import Kernel
 from benchmarks.kernels.roofline import Work
+from pallas_kernels.bundles import Kernel
 from pallas_kernels.dispatch import Implementation
 
 FORWARD, BOTH = "forward", "forward+backward"

@@ -16,12 +16,12 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from benchmarks.kernels.bundles import Kernel, read_kernel
 from benchmarks.kernels.case import Contender, flat, out_shape, program, shapes, side_by_side
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.schedules import BUNDLES, UTILIZATION, Job
 from pallas_kernels import topology
 from pallas_kernels.blocks import decided_by
+from pallas_kernels.bundles import Kernel, read_kernel
 
 # An instruction may be of several lines: the metadata of a kernel is as its author wrote it.
 _INSTRUCTION = re.compile(r"^ *(?:ROOT )?%([\w.-]+) = ", re.M)

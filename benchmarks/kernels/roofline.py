@@ -9,6 +9,8 @@ small dimensions have a roof above that of their operations; where it is the hig
 import dataclasses
 import math
 
+from pallas_kernels import chips
+
 
 @dataclasses.dataclass(frozen=True)
 class Product:
@@ -100,13 +102,25 @@ _LANES = 8 * 128
 _VECTOR_FLOPS_PER_CYCLE = 4 * _LANES
 _EXPONENTIALS_PER_CYCLE = _LANES
 
+
+def _chip(kind: str, *, matrix_units: int, rows_per_cycle: int) -> Chip:
+    facts = chips.CHIPS[kind]
+    return Chip(
+        facts.peak_flops,
+        facts.hbm_bytes_per_second,
+        matrix_units,
+        facts.matrix_width,
+        rows_per_cycle,
+        _VECTOR_FLOPS_PER_CYCLE,
+        _EXPONENTIALS_PER_CYCLE,
+    )
+
+
 CHIPS = {
-    # cloud.google.com/tpu/docs/v5e: 197 TFLOP/s in bfloat16, HBM 819 GB/s, four matrix units, of 128 x 128. One row
-    # a cycle (in the compiler's schedules 16 rows hold a unit for 16 cycles): 1.5 GHz.
-    "v5e": Chip(197e12, 819e9, 4, 128, 1, _VECTOR_FLOPS_PER_CYCLE, _EXPONENTIALS_PER_CYCLE),
-    # cloud.google.com/tpu/docs/v6e: 918 TFLOP/s in bfloat16, HBM 1640 GB/s, two matrix units, of 256 x 256. Two rows
-    # a cycle (in the compiler's schedules 16 rows hold a unit for 8 cycles): 1.75 GHz.
-    "v6e": Chip(918e12, 1640e9, 2, 256, 2, _VECTOR_FLOPS_PER_CYCLE, _EXPONENTIALS_PER_CYCLE),
+    # One row a cycle: in the compiler's schedules 16 rows hold a unit for 16 cycles.
+    "v5e": _chip("v5e", matrix_units=4, rows_per_cycle=1),
+    # Two rows a cycle: in the compiler's schedules 16 rows hold a unit for 8 cycles.
+    "v6e": _chip("v6e", matrix_units=2, rows_per_cycle=2),
 }
 
 

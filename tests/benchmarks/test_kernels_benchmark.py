@@ -10,7 +10,6 @@ from rich.console import Console
 
 import pallas_kernels
 from benchmarks.kernels import plot, report, suite, timing
-from benchmarks.kernels.bundles import Window, read_kernel
 from benchmarks.kernels.case import BOTH, FORWARD, num_bytes
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.cases.attention import causal_tiles
@@ -18,6 +17,7 @@ from benchmarks.kernels.cases.grouped_matmul import visited_tiles
 from benchmarks.kernels.roofline import CHIPS, Work, roofline
 from benchmarks.kernels.schedules import schedules
 from pallas_kernels import topology
+from pallas_kernels.bundles import Window, read_kernel
 
 # In the form of libtpu 0.0.51's dump: a grid of 6 steps in a loop of 8, in a step two regions of which one runs, of 1
 # and 3 bundles, and a loop from 2 to 10 by 4 of 2 bundles.

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
 
-from benchmarks.kernels.bundles import Kernel
 from benchmarks.kernels.case import BOTH, FORWARD, Case, Contender, implementations
 from benchmarks.kernels.roofline import Work
 from pallas_kernels import OPS, grouped_matmul
+from pallas_kernels.bundles import Kernel
 
 _GROUPS = 8
 # Megablox's tiles: rows, and the longest of the other two axes. The backward swaps these, so that they are alike.
