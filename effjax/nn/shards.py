@@ -20,8 +20,8 @@ def on_shards(function: Callable, axes: tuple, out_axes: Any) -> Callable:
     """`function`, run by each device of the mesh in use on its own share of the arguments.
 
     The rules in force (`nn.logical_axis_rules`) say over which mesh axes a logical axis is split. One that does not
-    divide some dimension that it names is not split at all, and the log says so. Without a mesh of several devices, or
-    where a device sees only its share already, the function is called as it is.
+    divide some dimension that it names is not split at all, and the log says so unless that is 1. Without a mesh of
+    several devices, or where a device sees only its share already, the function is called as it is.
 
     Args:
       function: a function of arrays in which shares along the named axes have nothing to do with each other. For those
@@ -101,7 +101,8 @@ def _not_divided(names: tuple, arguments: tuple, rules: dict, mesh) -> set[str]:
             parts = math.prod(mesh.shape[axis] for axis in rules.get(name, ()))
             if size % parts and name not in found:
                 found.add(name)
-                _warn(name, size, parts)
+                if size > 1:
+                    _warn(name, size, parts)
     return found
 
 

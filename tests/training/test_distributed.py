@@ -72,7 +72,7 @@ def folders(tmp_path, rng):
         letters = rng.choice(list("abcd"), size=rng.integers(20, 30))
         (tmp_path / "text" / f"{i}.txt").write_text("".join(letters))
     (tmp_path / "notes").mkdir()
-    return f"{tmp_path / 'text'},{tmp_path / 'notes'}"
+    return f"{tmp_path / 'text'},{tmp_path / 'notes'},mor"
 
 
 def read_documents(folders, process):
@@ -87,8 +87,10 @@ def assert_same_curve(one, other):
             np.testing.assert_allclose(line[name], value, rtol=1e-5, err_msg=name)
 
 
-def test_two_processes_train_as_one(tmp_path, folders):
+@pytest.mark.parametrize("model", ["transformer", pytest.param("mor", marks=pytest.mark.slow)])
+def test_two_processes_train_as_one(tmp_path, folders, model):
     """Until SIGTERM comes to the second, which stops both."""
+    folders = folders.removesuffix("mor") + model
     config = watched_recipe.get_config(folders)
     pair = tmp_path / "pair"
     with processes(pair, [folders] * 2, stop_at="1:6") as started:
@@ -158,7 +160,7 @@ def test_four_processes_on_two_axes_do_a_whole_run(tmp_path, folders):
 @pytest.mark.slow
 def test_an_error_of_one_process_ends_all(tmp_path, folders):
     """The second cannot read its text, and the first cannot go on without it."""
-    wrong = f"{tmp_path / 'nowhere'},{tmp_path / 'notes'}"
+    wrong = folders.replace(f"{tmp_path / 'text'}", f"{tmp_path / 'nowhere'}")
     with processes(tmp_path / "run", [folders, wrong]) as (first, second):
         _, err = second.communicate(timeout=60)
         assert second.returncode == 2

@@ -1,4 +1,4 @@
-"""The run of test_distributed, whose source notes what is read; `--config=watched_recipe.py:<text>,<notes>`."""
+"""The run of test_distributed, whose source notes what is read; `--config=watched_recipe.py:<text>,<notes>,<model>`."""
 
 import dataclasses
 import os
@@ -45,10 +45,15 @@ class Watched(TextFiles):
         return _Documents(documents, self.notes) if split == "train" else documents
 
 
-def get_config(folders):
-    text, notes = folders.split(",")
-    recursion = {"num_layers": 2, "depth.num_recursions": 2, "depth.sharing": "cycle"}
-    config = configs.default("mor", d_model=16, **recursion)
+MODELS = {
+    "transformer": {"num_layers": 1},
+    "mor": {"num_layers": 2, "depth.num_recursions": 2, "depth.sharing": "cycle"},
+}
+
+
+def get_config(argument):
+    text, notes, model = argument.split(",")
+    config = configs.default(model, d_model=16, **MODELS[model])
     config = tiny_run.on_text(config, text, log_every=1, eval_every=100, checkpoint_every=100)
     source = {"paths": f"{text}/*.txt", "heldout_fraction": 0.3, "notes": notes}
     config.data.source = configs.part_config("source", "test_watched", **source)
