@@ -1,5 +1,6 @@
 """What the README shows works as it stands there."""
 
+import copy
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ import jax
 import pytest
 from absl import flags
 
+import train
 from effjax import cli, models
 from effjax.training import config as configs
 
@@ -18,9 +20,8 @@ def blocks(language):
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-COMMANDS = sorted(
-    set(re.findall(r"uv run (?:--extra \w+ )?(train\.py .*)", "".join(blocks("bash"))))
-)
+SHELL = "".join(blocks("bash")).replace("\\\n", " ")
+COMMANDS = sorted(set(re.findall(r"uv run (?:--extra \w+ )?(train\.py .*)", SHELL)))
 
 
 def test_the_first_command_is_among_them():
@@ -31,6 +32,9 @@ def test_the_first_command_is_among_them():
 def test_a_command_describes_a_model(command):
     argv = shlex.split(command, comments=True)
     flag_values = flags.FlagValues()
+    for flag in flags.FLAGS.get_flags_for_module(train.__name__):
+        if flag.name.startswith(("plan.", "distributed")):
+            flag_values[flag.name] = copy.deepcopy(flag)
     holder = cli.define_config("A config.", flag_values, argv)
     cli.parse_flags(argv, flag_values)
     model = models.create(**configs.resolve(holder.value.model))

@@ -199,6 +199,7 @@ def of_size(
     config.data.seq_len = 2048
     config.data.shuffle_window = 4096
     config.data.batch_size = 512
+    config.mesh.update(data=1, fsdp=-1)  # a copy of the state is too large for one device
     config.data.shards = 64  # so many processes read no more than their share of the documents
     config.optimizer.schedule = part_config("schedule", "warmup_stable_decay")
     config.training.num_steps = 20_000

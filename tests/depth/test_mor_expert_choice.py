@@ -125,6 +125,7 @@ def test_padding_changes_nothing(train, rng):
         pytest.param(
             {"selection": "aux_router", "router": "mlp", "activation": "tanh", "z_weight": 0.1},
             id="aux_router",
+            marks=pytest.mark.slow,
         ),
     ],
 )

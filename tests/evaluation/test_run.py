@@ -203,6 +203,7 @@ def test_variables_may_live_on_a_mesh(text_source, tmp_path):
     assert np.isfinite(report["heldout"]["loss"])
 
 
+@pytest.mark.slow  # by default the command is run with a prompt, in test_prompt
 def test_the_command_prints_the_table_and_says_what_it_wrote(text_source, tmp_path):
     config = config_of("transformer", text_source, num_layers=1)
     save_run(config, tmp_path / "run")

@@ -116,12 +116,17 @@ CASES = {
     "positions in any order": ((140, 100, 8, 2), {"positions": True, "segments": True}),
     "one query": ((1, 130, 8, 2), {"segments": True}),
 }
+SLOW = ("more queries than keys", "one query")
 
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, "float32") for case in CASES]
-    + [("causal, grouped heads", "bfloat16"), ("window and segments", "bfloat16")],
+    [
+        pytest.param(case, "float32", marks=[pytest.mark.slow] if case in SLOW else [])
+        for case in CASES
+    ]
+    + [("causal, grouped heads", "bfloat16")]
+    + [pytest.param("window and segments", "bfloat16", marks=pytest.mark.slow)],
 )
 def test_xla_with_every_gradient_equals_float64(rng, case, dtype):
     (num_queries, num_keys, heads, kv_heads), options = CASES[case]

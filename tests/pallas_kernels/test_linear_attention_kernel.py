@@ -93,13 +93,19 @@ CASES = {
     "automatic chunks": (700, None, True, False),
     "one chunk and a state": (33, 64, False, True),
 }
+SLOW = ("one chunk", "chunks")  # what segments and a state add to
 
 
 @pytest.mark.parametrize(
     ("case", "feature_map", "dtype"),
-    [(case, "taylor", "float32") for case in CASES]
-    + [("chunks, segments and a state", name, "float32") for name in ("elu+1", "softplus")]
-    + [("one chunk, segments", "taylor", "bfloat16"), ("chunks", "taylor", "bfloat16")],
+    [
+        pytest.param(case, "taylor", "float32", marks=[pytest.mark.slow] if case in SLOW else [])
+        for case in CASES
+    ]
+    + [("chunks, segments and a state", "elu+1", "float32")]
+    + [pytest.param("chunks, segments and a state", "softplus", "float32", marks=pytest.mark.slow)]
+    + [("one chunk, segments", "taylor", "bfloat16")]
+    + [pytest.param("chunks", "taylor", "bfloat16", marks=pytest.mark.slow)],
 )
 def test_xla_with_every_gradient_equals_float64(rng, case, feature_map, dtype):
     length, chunk_size, has_segments, has_state = CASES[case]

@@ -75,8 +75,10 @@ SHORT_CASES = ("segments and a state", "one short chunk")
         for dtype in ("float32", "bfloat16")
     ]
     + [pytest.param("segments and a state", "softplus", "float32", marks=pytest.mark.slow)]
-    + [("segments and a state", "taylor", "bfloat16")]
-    + [pytest.param("many turned", "taylor", "bfloat16", marks=pytest.mark.slow)]
+    + [
+        pytest.param(case, "taylor", "bfloat16", marks=pytest.mark.slow)
+        for case in ("segments and a state", "many turned")
+    ]
     + [
         pytest.param(case, "taylor", "float32", marks=pytest.mark.slow)
         for case in CASES
@@ -242,13 +244,13 @@ TYPICAL = [("taylor", 16, 64), ("identity", 128, 128), ("elu+1", 64, 64)]
 @pytest.mark.parametrize(
     ("feature_map", "dim", "value_dim", "dtype", "has_segments"),
     [(*shape, "bfloat16", False) for shape in TYPICAL]
-    + [("taylor", 16, 64, "float32", True)]
     + [(SIGNED, 40, 56, "bfloat16", True)]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
             ("taylor", 16, 128, "bfloat16", False),
             ("taylor", 16, 64, "bfloat16", True),
+            ("taylor", 16, 64, "float32", True),
             ("softplus", 64, 64, "float32", False),
         )
     ],

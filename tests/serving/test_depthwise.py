@@ -58,7 +58,8 @@ def every_combination():
 EXPERTS = make_model(MixtureOfRecursions(2, "middle_cycle", EXPERT_CHOICE))
 THREE = MixtureOfRecursions(3, "cycle", TOKEN_CHOICE, "shared")
 CASES = [
-    pytest.param(EXPERTS, SEEDED, id="expert choice"),
+    # Tokens are those of `generate` by default in test_decoders.
+    pytest.param(EXPERTS, SEEDED, id="expert choice", marks=pytest.mark.slow),
     pytest.param(make_model(THREE, (RING,), 3), SEEDED, id="token choice, shared"),
     pytest.param(EXPERTS, PENALISED, id="penalised", marks=pytest.mark.slow),
     *(pytest.param(m, SEEDED, id=n, marks=pytest.mark.slow) for n, m in every_combination()),

@@ -74,6 +74,7 @@ def alone(variables, request):
     )
 
 
+@pytest.mark.slow  # by default of the decoder, in test_decoders
 def test_every_text_is_what_it_is_alone(engine, variables, rng):
     other = dataclasses.replace(EVERYTHING, temperature=1.5, top_k=3)
     samplings = [GREEDY, Sampling(2.0), EVERYTHING, other, GREEDY, Sampling(0.5)]

@@ -47,9 +47,9 @@ GREEDY = Sampling(temperature=0)
 # Target and draft.
 PAIRS = {
     "ring by a convolution": (RING, CHEAP),
-    "expert choice by itself": (EXPERT_CHOICE, EXPERT_CHOICE),
 }
 SLOW_PAIRS = {
+    "expert choice by itself": (EXPERT_CHOICE, EXPERT_CHOICE),
     "caches": (MODEL, RING),
     "constant states": (
         MODEL.clone(num_layers=3, mixers=(ShortConv(), TaylorLinear(2, 4), Mamba(state_dim=4))),

@@ -79,6 +79,12 @@ def test_a_wrong_argument_says_what_is_valid(name, argument, message):
     [
         ("training.num_steps", 0, "training.num_steps=0; valid: 1 or more"),
         ("training.ema_decay", 1.0, "training.ema_decay=1.0; valid: between 0 and 1"),
+        (
+            "training.nonfinite",
+            "skp",
+            "training.nonfinite: unknown choice 'skp'; did you mean 'skip'",
+        ),
+        ("training.max_skipped", 0, "training.max_skipped=0; valid: 1 or more"),
         ("data.seq_len", 4096, "data.seq_len=4096 is longer than model.max_seq_len=2048"),
         ("model.vocab_size", 100, "model.vocab_size=100 is smaller.*260 or more"),
         ("data.batch_size", 6, "data.batch_size=6; valid: a multiple of 4"),
@@ -91,6 +97,16 @@ def test_check_names_field_value_and_what_is_valid(field, value, message):
     section, name = field.split(".")
     config[section][name] = value
     with pytest.raises(ValueError, match=message):
+        configs.check(config)
+
+
+def test_rows_have_to_divide_by_the_devices_along_them():
+    config = configs.default("transformer")
+    config.mesh.update(data=1, context=3)
+    length = config.data.seq_len
+    with pytest.raises(
+        ValueError, match=f"data.seq_len={length}; valid: a multiple of mesh.context=3"
+    ):
         configs.check(config)
 
 

@@ -96,6 +96,7 @@ class Numbers:
         return [Pair(str(i), str(i), str(i), hex(i)) for i in range(start, start + 40)]
 
 
+@pytest.mark.slow
 def test_an_embedder_is_summarised_by_its_recall(tmp_path):
     config = configs.default("matryoshka", d_model=16, num_layers=1)
     config.data.source = configs.part_config("source", "test_numbers")

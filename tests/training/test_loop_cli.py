@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import tiny_run
 
 ROOT = Path(__file__).parents[2]
@@ -29,6 +30,7 @@ def command(workdir, text, *flags):
     )
 
 
+@pytest.mark.slow  # by default among two processes, in test_distributed
 def test_sigterm_saves_and_exits_with_0(tmp_path, rng):
     text = tiny_run.write_text(tmp_path / "text", rng)
     process = command(tmp_path / "run", text)

@@ -83,6 +83,7 @@ def test_a_signal_saves_and_the_next_start_goes_on(tmp_path, config, whole, numb
     assert_same_end(train(config, tmp_path), whole)
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_resume_too(tmp_path, text):
     config = make_config(text, accumulation_steps=2)
     whole = train(config, tmp_path / "whole")

@@ -41,6 +41,7 @@ def test_experts_are_split_where_there_are_any(config):
     assert sizes == {1, 2, 4}
 
 
+@pytest.mark.slow
 def test_a_search_goes_on_where_it_was_interrupted(config, tmp_path):
     path = tmp_path / "search.json"
     first, second = candidate(data=8), candidate(data=8, remat="full")
