@@ -119,6 +119,7 @@ def test_peers_compute_what_the_op_does(op):
         assert error < 1e-4, f"{peer.name}: {error}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not topology.is_available(), reason="NOT PROVEN: libtpu is not installed")
 def test_schedules_come_from_the_compiler():
     found = schedules("decode_attention", "v5e", quick=True)

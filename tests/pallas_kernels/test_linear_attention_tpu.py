@@ -143,6 +143,7 @@ def random_arrays(rng, batch, length=150, heads=2, dim=4):
     return [jnp.asarray(rng.normal(size=(batch, length, heads, dim)), jnp.float32) for _ in "qkv"]
 
 
+@pytest.mark.slow
 def test_several_steps_of_the_grid_without_races(rng, monkeypatch):
     """The interpreter that knows of transfers: it raises at a race, and takes parallel axes in random order."""
     monkeypatch.setattr(tpu_blocks, "MAX_HEADS", 1)

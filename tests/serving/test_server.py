@@ -362,6 +362,7 @@ def test_what_drafts_is_found(variables):
         serve(loaded_of(variables, ENCODER), "encoder", draft=draft)
 
 
+@pytest.mark.slow
 def test_a_hugging_face_folder_is_served_with_its_own_ends(tmp_path):
     folder = tmp_path / "llama"
     shutil.copytree(ROOT / "tests/fixtures/hf/llama", folder)

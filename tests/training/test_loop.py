@@ -140,6 +140,7 @@ def test_the_average_is_kept_and_preferred(tmp_path, text):
     assert bits(run.state.ema) != bits(run.state.params)
 
 
+@pytest.mark.slow  # the step itself: test_step
 def test_accumulation_reaches_the_step(tmp_path, text):
     """Two half batches give the update of the whole one."""
     curves = [

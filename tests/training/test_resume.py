@@ -92,6 +92,7 @@ def test_accumulated_gradients_resume_too(tmp_path, text):
     assert_same_end(train(config, tmp_path / "parts"), whole)
 
 
+@pytest.mark.slow  # and in benchmarks.faults, again and again
 def test_sigkill_in_mid_save(tmp_path, text, config, whole):
     """Kills a process as soon as the folder of its second checkpoint appears under its unfinished name."""
     script = (
