@@ -46,11 +46,15 @@ def main():
         training.fit(_CONFIG.value, workdir)
 
 
+def _check_not_alone(details, whole):
+    for flag in details:
+        if flag.present and not whole.value:
+            raise ValueError(f"--{flag.name} without --{whole.name}; valid: both, or neither")
+
+
 def _planned(workdir):
     """Whether the run was to be planned, which is done then."""
-    for flag in _PLAN:
-        if flag.present and _TOPOLOGY.value is None:
-            raise ValueError(f"--{flag.name} without --plan.topology; valid: both, or neither")
+    _check_not_alone(_PLAN, _TOPOLOGY)
     if _TOPOLOGY.value is None:
         return False
     from effjax.training import planning
@@ -61,9 +65,7 @@ def _planned(workdir):
 
 def _joined():
     """The context of a run: among its processes where there are several."""
-    for flag in _PROCESS:
-        if flag.present and not _DISTRIBUTED.value:
-            raise ValueError(f"--{flag.name} without --distributed; valid: both, or neither")
+    _check_not_alone(_PROCESS, _DISTRIBUTED)
     if not _DISTRIBUTED.value:
         return contextlib.nullcontext()
     from effjax.training import distributed

@@ -2,9 +2,10 @@
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import ml_collections
 from ml_collections import config_dict
 
@@ -114,8 +115,12 @@ def _held_type(annotation: Any) -> type:
     return choices[0] if len(choices) == 1 and choices[0] in (int, float, str, bool) else object
 
 
-def check(config: Mapping[str, Any]) -> None:
+def check(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None) -> None:
     """Raises one clear error for the first thing in a config that cannot work.
+
+    Args:
+      config: the config.
+      devices: what it has to work on; None: all that are here.
 
     Raises:
       ValueError: naming field, value and what is valid.
@@ -156,7 +161,7 @@ def check(config: Mapping[str, Any]) -> None:
         raise ValueError(
             f"model.vocab_size={model['vocab_size']} is smaller than the tokenizer's; valid: {vocab_size} or more"
         )
-    mesh = sharding.make_mesh(config["mesh"])
+    mesh = sharding.make_mesh(config["mesh"], devices)
     parts = sharding.batch_shards(mesh) * training["accumulation_steps"]
     if batch_size % parts:
         raise ValueError(

@@ -188,7 +188,7 @@ class Run:
             return self._compiled[1]
         with self._pause():
             start = time.perf_counter()
-            compiled = lowering.lower(
+            traced = lowering.trace(
                 model,
                 self._objective,
                 self._optimizer,
@@ -196,7 +196,8 @@ class Run:
                 self.state,
                 batch,
                 self.mesh,
-            ).compile()
+            )
+            compiled = traced.lower().compile()
             seconds = time.perf_counter() - start
         self.progress.compile_seconds += seconds
         self.screen.say(f"step {self.step}: compiled the training step in {seconds:.1f} s")

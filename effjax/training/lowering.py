@@ -54,19 +54,6 @@ def trace(
     return step.trace(state, batch)
 
 
-def lower(
-    model: nn.Module,
-    objective: Any,
-    optimizer: Any,
-    training: Mapping[str, Any],
-    state: TrainState,
-    batch: Mapping[str, Any],
-    mesh: Mesh,
-) -> jax.stages.Lowered:
-    """The training step of these parts, lowered for the mesh in use. Arguments as for `trace`."""
-    return trace(model, objective, optimizer, training, state, batch, mesh).lower()
-
-
 def lower_config(config: Mapping[str, Any], mesh: Mesh) -> jax.stages.Lowered:
     """The training step of a config, lowered. Arguments as for `trace_config`."""
     return trace_config(config, mesh).lower()

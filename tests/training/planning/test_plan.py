@@ -84,7 +84,11 @@ def test_memory_is_that_of_a_run(planned):
         shardings = jax.tree.map(lambda x: x.sharding, sharding.abstract_state(init, mesh))
         state = initialise(init, shardings)
         batch = jax.device_put(batch, sharding.batch_sharding(mesh))
-        step = lowering.lower(model, objective, optimizer, training, state, batch, mesh).compile()
+        step = (
+            lowering.trace(model, objective, optimizer, training, state, batch, mesh)
+            .lower()
+            .compile()
+        )
 
     def held(tree):
         return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
