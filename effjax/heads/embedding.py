@@ -7,6 +7,8 @@ from jaxtyping import Array, Float, Int
 from effjax.nn import Linear
 from effjax.registry import register, unknown
 
+POOLER = "pooler"
+
 
 @register("head", "embedding")
 class Embedding(nn.Module):
@@ -18,17 +20,22 @@ class Embedding(nn.Module):
 
     Attributes:
       pooling: one of `POOLINGS`; "mean" (Reimers and Gurevych, 2019, arXiv 1908.10084, section 3),
-        "first" for encoders with a class token, "last" for causal models.
+        "first" for encoders with a class token, "last" for causal models; or "pooler", which is
+        tanh(W x + b) of the first (Devlin et al., 2018, arXiv 1810.04805; trained by its
+        next-sentence prediction).
       dim: size of the embedding, by a learned projection; None takes the pooled state itself.
+      pooler: whether there are the parameters of a pooler, which a checkpoint may bring, even where
+        another pooling makes nothing of them.
     """
 
     pooling: str = "mean"
     dim: int | None = None
+    pooler: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        if self.pooling not in POOLINGS:
-            raise ValueError(unknown("pooling", self.pooling, POOLINGS))
+        if self.pooling not in (*POOLINGS, POOLER):
+            raise ValueError(unknown("pooling", self.pooling, (*POOLINGS, POOLER)))
         if self.dim is not None and self.dim < 1:
             raise ValueError(f"dim is {self.dim}; valid: 1 or more, or None")
 
@@ -44,7 +51,12 @@ class Embedding(nn.Module):
         embedding: Float[Array, "V D"],
         segment_ids: Int[Array, "B T"],
     ):
-        pooled = POOLINGS[self.pooling](hidden.astype(jnp.float32), segment_ids)
+        is_through = self.pooling == POOLER
+        pool = POOLINGS["first" if is_through else self.pooling]
+        pooled = pool(hidden.astype(jnp.float32), segment_ids)
+        if self.pooler or is_through:
+            through = jnp.tanh(Linear(hidden.shape[-1], use_bias=True, name="pooler")(pooled))
+            pooled = through if is_through else pooled
         if self.dim is not None:
             pooled = Linear(self.dim, name="projection")(pooled)
         return {"embeddings": pooled}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 from effjax import registry
@@ -16,7 +16,16 @@ from effjax.models import SequenceModel
 
 # Fields that decide how a model is computed or trained, and not what it computes from given parameters.
 _FREE = ("aux_weight", "balance_weight", "capacity_factor", "capacity_warmup_steps", "chunk_size")
-_FREE += ("dispatch", "dtype", "implementation", "init_scale", "jitter", "remat", "scan_layers")
+_FREE += (
+    "dispatch",
+    "dtype",
+    "implementation",
+    "init_scale",
+    "jitter",
+    "pooler",
+    "remat",
+    "scan_layers",
+)
 _FREE += ("warmup_progress", "z_weight")
 
 
@@ -36,6 +45,7 @@ class Architecture:
       renamed: (pattern, replacement), regular expressions for names that some checkpoints have instead of the table's.
       layers: the names of the layers of a model.
       known_by: an entry that no other architecture has, if there is one.
+      complete: the model of a config with the parts of which only a checkpoint's tensors tell, by the names of these.
     """
 
     name: str
@@ -48,6 +58,7 @@ class Architecture:
     renamed: tuple[tuple[str, str], ...] = ()
     layers: Callable[[SequenceModel], Layers] = plain_layers
     known_by: str | None = None
+    complete: Callable[[SequenceModel, Container[str]], SequenceModel] = lambda model, _: model
 
     def rename(self, name: str) -> str:
         """The table's name of a tensor of a checkpoint."""

@@ -57,7 +57,8 @@ def load_hf(
     """
     folder = Path(path)
     entries, architecture, model = _described(folder)
-    model = model.clone(scan_layers=scan_layers)
+    shards = Shards(folder, architecture.rename)
+    model = architecture.complete(model, shards.shapes).clone(scan_layers=scan_layers)
     try:
         leaves = bind(architecture.table, model, architecture.layers(model))
     except (ArithmeticError, TypeError, ValueError) as error:  # sizes that do not go together
@@ -65,7 +66,6 @@ def load_hf(
     if overlooked := entries.overlooked():
         logger.warning("%s: entries that are not known and not read: %s", entries.where, overlooked)
     target = None if dtype is None else _floating(dtype)
-    shards = Shards(folder, architecture.rename)
     leaves = [leaf.first_of(shards.shapes) for leaf in leaves]
     _check(leaves, shards, architecture.unused, folder)
     _check_copies(leaves, shards)
@@ -77,7 +77,9 @@ def load_hf(
 
 
 def read_model(path: str | Path) -> SequenceModel:
-    """The model that the `config.json` of a local Hugging Face folder describes; its weights are not looked at.
+    """The model that the `config.json` of a local Hugging Face folder describes.
+
+    Its weights are not looked at, so that a pooler of which they alone tell is not there.
 
     Raises:
       InteropError: for a folder that is none, an architecture or an option of it that we lack.

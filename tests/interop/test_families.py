@@ -18,7 +18,7 @@ from hf_folders import (
 )
 
 from effjax.depth import ExpertChoice
-from effjax.interop import families, load_hf, save_hf
+from effjax.interop import InteropError, families, load_hf, save_hf
 from effjax.interop.architecture import spelled_out
 
 # Stacks of layers with parameters of their own; of the others some layers share them.
@@ -37,11 +37,6 @@ def run(model):
         return output.hidden if output.logits is None else output.logits
 
     return jax.jit(forward)
-
-
-def used(tensors):
-    """Those that are loaded: embeddings need no pooler."""
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
 
 
 def logits_of(model, variables, family):
@@ -81,7 +76,7 @@ def test_scanned_layers_are_the_others_stacked(family, tmp_path):
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *alike)
         jax.tree.map(np.testing.assert_array_equal, groups[f"blocks_{block}"], stacked)
     save_hf(tmp_path / "saved", model, scanned)
-    assert_same_tensors(tensors(tmp_path / "saved"), used(tensors(RECORDED / family)))
+    assert_same_tensors(tensors(tmp_path / "saved"), tensors(RECORDED / family))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +95,7 @@ def test_bfloat16_checkpoints_saved_and_loaded_again_have_not_changed(family, tm
     output = jax.eval_shape(model.apply, variables, jnp.zeros((1, 4), jnp.int32))
     assert output.hidden.dtype == jnp.bfloat16
     save_hf(tmp_path / "saved", model, variables, like=source)
-    assert_same_tensors(tensors(tmp_path / "saved"), used(tensors(source)))
+    assert_same_tensors(tensors(tmp_path / "saved"), tensors(source))
     again, same_variables = load_hf(tmp_path / "saved")
     assert spelled_out(again) == spelled_out(model)
     jax.tree.map(
@@ -119,6 +114,37 @@ def test_bfloat16_parameters_give_nearly_the_same_logits(family):
     actual = logits_of(model.clone(dtype="float32"), variables, family)
     error = np.abs(actual - expected(family)[2])[expected(family)[1] > 0]
     assert 1e-4 < error.mean() < 0.05
+
+
+@pytest.mark.parametrize("pooling", ["mean", "pooler"])
+def test_a_pooler_embeds_only_if_the_config_says_so(pooling, tmp_path):
+    tokens, mask, hidden = expected("bert")
+    pooler = {name: t.astype(np.float64) for name, t in tensors(RECORDED / "bert").items()}
+    through = hidden[:, 0] @ pooler["pooler.dense.weight"].T + pooler["pooler.dense.bias"]
+    mean = (hidden * mask[..., None]).sum(axis=1) / mask.sum(axis=1, keepdims=True)
+    wanted = {"mean": mean, "pooler": np.tanh(through)}[pooling]
+    model, variables = load_hf(variant(tmp_path / "folder", "bert", pooling=pooling))
+    assert model.head.pooler  # its parameters are there, read or not
+    embed = jax.jit(lambda v: model.apply(v, tokens, segment_ids=mask).embeddings)
+    np.testing.assert_allclose(embed(variables), wanted, atol=2e-4, rtol=0)
+    save_hf(tmp_path / "saved", model, variables)
+    assert_same_tensors(tensors(tmp_path / "saved"), tensors(RECORDED / "bert"))
+    assert load_hf(tmp_path / "saved")[0] == model
+
+
+def test_an_encoder_may_have_no_pooler(tmp_path):
+    def change(given):
+        return {name: t for name, t in given.items() if not name.startswith("pooler.")}
+
+    folder = variant(tmp_path / "folder", "bert", change=change)
+    model, variables = load_hf(folder)
+    assert not model.head.pooler
+    save_hf(tmp_path / "saved", model, variables)
+    assert_same_tensors(tensors(tmp_path / "saved"), tensors(folder))
+    # The config wants what is not there.
+    wanting = variant(tmp_path / "wanting", "bert", change=change, pooling="pooler")
+    with pytest.raises(InteropError, match=r"missing: pooler\.dense\.bias, pooler\.dense\.weight"):
+        load_hf(wanting)
 
 
 def test_every_architecture_is_recorded():

@@ -1,13 +1,16 @@
 """BERT-type encoders, for embeddings: bidirectional, norms after the residual sum, one vector a text.
 
-The pooler of BERT's own pre-training task is not a part of them, and is not written.
+The pooler of BERT's own pre-training task comes along where a checkpoint has one. The vector is the mean over the text,
+as sentence encoders have it, unless the config has an entry of ours, `pooling`: "first", "last", or "pooler".
 """
 
+from collections.abc import Container
 from typing import Any
 
 from effjax.depth import Plain
 from effjax.ffn import Dense
 from effjax.heads import Embedding
+from effjax.heads.embedding import POOLER, POOLINGS
 from effjax.interop.architecture import Architecture
 from effjax.interop.entries import Entries
 from effjax.interop.families.decoder import read_activation, write_activation
@@ -31,11 +34,11 @@ _TABLE = (
     *linear(f"{_LAYER}intermediate.dense", "ffn/up"),
     *linear(f"{_LAYER}output.dense", "ffn/down"),
     *norm(f"{_LAYER}output.LayerNorm", "ffn_norm"),
+    *linear(f"{POOLER}.dense", "head/pooler"),
 )
 
 
 def _read(entries: Entries) -> TextEncoder:
-    """The encoder with mean pooling, which a config does not tell; `model.clone(head=...)` has another."""
     entries.only("position_embedding_type", "absolute")
     entries.only("is_decoder", False)
     entries.get("tie_word_embeddings", bool, True)  # of a head that it has not
@@ -58,7 +61,7 @@ def _read(entries: Entries) -> TextEncoder:
             activation=read_activation(entries, "hidden_act", "gelu"),
             use_bias=True,
         ),
-        head=Embedding(),
+        head=Embedding(entries.only("pooling", "mean", *POOLINGS, POOLER)),
         norm=layer_norm,
         norm_order="post",
         embed=TokenEmbedding(
@@ -70,8 +73,15 @@ def _read(entries: Entries) -> TextEncoder:
     )
 
 
+def _with_pooler(model: TextEncoder, names: Container[str]) -> TextEncoder:
+    has_pooler = f"{POOLER}.dense.weight" in names
+    return model.clone(head=model.head.clone(pooler=True)) if has_pooler else model
+
+
 def _write(model: SequenceModel) -> dict[str, Any]:
+    pooling = model.head.pooling
     return {
+        **({} if pooling == "mean" else {"pooling": pooling}),
         "hidden_act": write_activation(model.ffn.activation),
         "hidden_size": model.d_model,
         "intermediate_size": model.ffn.hidden_dim,
@@ -99,8 +109,9 @@ ARCHITECTURES = (
             "norm": (LayerNorm,),
             "embed": (TokenEmbedding,),
         },
-        unused=("pooler.*", "embeddings.position_ids"),
+        unused=("embeddings.position_ids",),
         # As part of a model with a head, and as converted from TensorFlow.
         renamed=((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")),
+        complete=_with_pooler,
     ),
 )
