@@ -114,6 +114,14 @@ def test_recursions_share_only_what_is_equal(tmp_path):
     assert model.depth.sharing == "untied"
 
 
+def test_norms_may_be_of_each_recursion():
+    model, variables = load_hf(RECORDED / "mor_norms")
+    assert model.depth.sharing == "middle_untied"
+    first, second = (variables["params"]["depth"][f"shared_{r}"]["blocks_0"] for r in (0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first["mixer"], second["mixer"])
+    assert not np.allclose(first["mixer_norm"]["scale"], second["mixer_norm"]["scale"])
+
+
 def test_pickle_is_never_read(tmp_path):
     folder = variant(tmp_path / "folder", "mor_token")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -158,8 +166,8 @@ def changed(family, section, **entries):
         ),
         (
             "recursive",
-            changed("recursive", "recursive", ln_share=False),
-            "ln_share=False is not supported",
+            changed("recursive", "recursive", ln_share=False, sharing="middle"),
+            "unknown sharing 'middle'",
         ),
         (
             "recursive",

@@ -10,8 +10,10 @@ file too. The tensors are written so:
 
 What recursions share is there once for each of them, and all copies must be equal. The conversion to expert-choice
 routing in the code of July 2025 gives each recursion attention weights of its own: what was trained so is loaded with
-"untied" as the `sharing` of `recursive`, or "middle_untied" where that is "middle_cycle". The authors' forward pass
-takes the highest scores of a sequence at evaluation too, as the model here does with `train=True`.
+"untied" as the `sharing` of `recursive`, or "middle_untied" where that is "middle_cycle". What has norms of each
+recursion's own (`ln_share: false`) is always loaded so: blocks here share all of their parameters or none, and a copy
+of the shared ones for each recursion computes the same. The authors' forward pass takes the highest scores of a
+sequence at evaluation too, as the model here does with `train=True`.
 """
 
 from typing import Any
@@ -20,7 +22,7 @@ import flax.linen as nn
 import numpy as np
 
 from effjax.depth import ExpertChoice, MixtureOfRecursions, Recursive, TokenChoice
-from effjax.depth.sharing import UNTIED, Layout
+from effjax.depth.sharing import STRATEGIES, UNTIED, Layout
 from effjax.depth.stack import pattern_period
 from effjax.ffn import Gated
 from effjax.interop.architecture import Architecture
@@ -35,6 +37,9 @@ _SECTIONS = ("recursive", "mor", "kv_sharing", "relaxation")
 
 # The strategies of sharing that their conversions know, and those that tell what became of them.
 _SHARINGS = {"expert": ("cycle", "middle_cycle", *UNTIED), "token": ("middle_cycle", UNTIED[1])}
+
+# For each strategy the one without sharing that leaves out as many layers at the ends.
+_OWN = {sharing: UNTIED[sharing.startswith("middle_")] for sharing in STRATEGIES}
 
 _ROUTERS = {"linear": "linear", "mlp": "mlp", "wide_mlp": "mlp"}
 
@@ -55,8 +60,10 @@ def _read(entries: Entries) -> DecoderLM:
     recursive, mor, kv_sharing = (sections[name] for name in _SECTIONS[:3])
     sections["relaxation"].only("enable", False)
     recursive.only("enable", True)
-    recursive.only("ln_share", True)
-    depth = Recursive(recursive.size("num_recursion"), recursive.get("sharing", str))
+    sharing = recursive.get("sharing", str)
+    if not recursive.only("ln_share", True, False):
+        sharing = _OWN.get(sharing, sharing)
+    depth = Recursive(recursive.size("num_recursion"), sharing)
     shares_kv = kv_sharing.get("enable", bool, False)
     if mor.get("enable", bool, False):
         depth = _read_routing(mor, depth, shares_kv)
