@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
-from effjax.registry import unknown
+from effjax.unknown import unknown
 
 # What a wrong config, path or file raises, and FloatingPointError for a loss that is not finite.
 USER_ERRORS = (ValueError, OSError, FloatingPointError)

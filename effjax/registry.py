@@ -7,16 +7,17 @@ kind, so specs nest the way the modules do.
 """
 
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import typeguard
 from flax import linen as nn
+
+from effjax.unknown import unknown
 
 # The room where the parts of each kind register themselves; imported when the kind is first asked for.
 ROOMS = {
@@ -202,14 +203,6 @@ def merge(spec: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, An
         else:
             merged[head] = value
     return merged
-
-
-def unknown(what: str, name: Any, known: Iterable[str]) -> str:
-    """The message for a name that is not known: the nearest match first, then all that are."""
-    known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return f"unknown {what} {name!r}{hint} (known: {', '.join(known) or 'none'})"
 
 
 def kind_of(field: str) -> str | None:

@@ -1,0 +1,29 @@
+"""`import effjax` is enough, and takes no time."""
+
+import subprocess
+import sys
+
+PROGRAM = """
+import sys, effjax
+assert "jax" not in sys.modules, "rooms are imported when they are asked for"
+assert effjax.catalog.entries(family="depth")[0].id == "mor"
+assert "jax" not in sys.modules, "the catalogue is text"
+assert {"catalog", "models", "serving"} <= set(dir(effjax))
+try:
+    effjax.cheeses
+except AttributeError as error:
+    assert "cheeses" in str(error)
+else:
+    raise AssertionError("there is no such room")
+"""
+
+
+def test_rooms_are_imported_when_they_are_asked_for():
+    subprocess.run([sys.executable, "-c", PROGRAM], check=True)
+
+
+def test_every_room_can_be_asked_for():
+    import effjax
+
+    for room in effjax._ROOMS:
+        assert getattr(effjax, room).__name__ == f"effjax.{room}"
