@@ -126,11 +126,12 @@ def _training(entry: Entry) -> list[str]:
 
 
 def _symbol(symbol: str) -> str:
-    """A place for the docstring of a symbol of ours, where it is defined; the name of one of other libraries."""
+    """A place for the docstring of a symbol of ours, from where it is defined; the name of one of other libraries."""
     found = resolve(symbol)
     if found.__module__.partition(".")[0] not in _OURS:
         return f"`{symbol}`, which is {symbol.partition('.')[0]}'s."
-    return f"`{symbol}`\n\n::: {found.__module__}.{found.__qualname__}"
+    options = "    options:\n      heading_level: 3\n      heading: " + symbol
+    return f"::: {found.__module__}.{found.__qualname__}\n{options}"
 
 
 def _claim(entry: Entry, folder: Path) -> str:
