@@ -180,6 +180,8 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             if not isinstance(error, OSError) and _DISK_ERROR not in str(error):
                 raise
+            # The writers of the other arrays fail alike, each with a traceback that would follow this error.
+            logging.getLogger("asyncio").setLevel(logging.CRITICAL)
             whole = ", ".join(map(str, self.steps())) or "none"
             raise CheckpointError(
                 f"a checkpoint could not be written to {self.directory} (those that are complete: {whole}); "

@@ -7,10 +7,11 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -72,6 +73,7 @@ class Start:
         command += [f"--config={recipe}:{text}", f"--workdir={workdir}", *flags]
         self.began = time.time()
         self.processes = []
+        self._listeners = []
         address = f"localhost:{_free_port()}"
         for i, log in enumerate(self._logs):
             together = [
@@ -80,15 +82,19 @@ class Start:
                 f"--distributed.num_processes={num_processes}",
                 f"--distributed.process_id={i}",
             ]
-            with log.open("w") as output:
-                self.processes.append(
-                    subprocess.Popen(
-                        command + (together if num_processes > 1 else []),
-                        stdout=output,
-                        stderr=subprocess.STDOUT,
-                        env=environment,
-                    )
-                )
+            process = subprocess.Popen(
+                command + (together if num_processes > 1 else []),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                env=environment,
+            )
+            # Through a pipe: what hurts the files of a run must not keep us from hearing of it.
+            listener = threading.Thread(
+                target=_copy, args=(process.stdout, log.open("wb", buffering=0)), daemon=True
+            )
+            listener.start()
+            self.processes.append(process)
+            self._listeners.append(listener)
 
     def __enter__(self) -> "Start":
         return self
@@ -96,7 +102,7 @@ class Start:
     def __exit__(self, *exception: object) -> None:
         for process in self.processes:
             process.kill()
-            process.wait()
+        self._wait()
 
     def said(self, process: int = 0) -> str:
         """What a process has written so far."""
@@ -130,7 +136,13 @@ class Start:
 
     def exit_codes(self) -> list[int]:
         """Waits for all processes to end by themselves."""
-        return [process.wait(PATIENCE_SECONDS) for process in self.processes]
+        return self._wait()
+
+    def _wait(self) -> list[int]:
+        codes = [process.wait(PATIENCE_SECONDS) for process in self.processes]
+        for listener in self._listeners:
+            listener.join()  # the last words
+        return codes
 
     def finish(self) -> None:
         """Waits for the end of the training; the evaluation that follows is of no interest here.
@@ -207,6 +219,12 @@ def _end(workdir: Path) -> Mapping[str, Any]:
         "arrays": {k: (x.dtype, x.shape, x.tobytes()) for k, x in arrays(workdir).items()},
         "data": states,
     }
+
+
+def _copy(stream: IO[bytes], log: IO[bytes]) -> None:
+    with stream, log:
+        while piece := stream.read1():
+            log.write(piece)
 
 
 def _free_port() -> int:

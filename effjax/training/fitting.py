@@ -1,7 +1,8 @@
 """A whole run from its config: train, evaluate, leave everything in the workdir."""
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,8 @@ def fit(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
             if processes.is_first():
                 checkpoint.save_config(workdir, config)
             screen.say(_opening(run, workdir))
-            try:
+            with _drawn_at_the_end(workdir):
                 signal = run.train()
-            finally:
-                if processes.is_first():
-                    curves.draw(workdir, metrics.read(workdir))
             if signal is not None:
                 screen.say(
                     f"{signal.name}: stopped after step {run.step}, all saved; start again to go on"
@@ -85,6 +83,23 @@ def fit(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     if processes.is_first():
         _publish(found, workdir, screen)
     return found
+
+
+@contextlib.contextmanager
+def _drawn_at_the_end(workdir: Path) -> Iterator[None]:
+    """Draws the curves of what was trained, also of a run that failed; that these cannot be drawn then is no news."""
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            _draw(workdir)
+        raise
+    _draw(workdir)
+
+
+def _draw(workdir: Path) -> None:
+    if processes.is_first():
+        curves.draw(workdir, metrics.read(workdir))
 
 
 def _publish(found: Mapping[str, Any], workdir: Path, screen: Screen) -> None:

@@ -134,9 +134,13 @@ class MetricsLog:
     def __enter__(self) -> "MetricsLog":
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._tensorboard.close()
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        for file in (self._file, self._tensorboard):
+            try:
+                file.close()
+            except OSError:  # a line that could not be written is tried once more
+                if kind is None:
+                    raise
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes a line; a value that is not finite is null in it, as JSON has no such numbers."""
@@ -144,13 +148,16 @@ class MetricsLog:
         from tensorboardX.proto.summary_pb2 import Summary
 
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
-        self._file.flush()
         summary = Summary(
             value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         )
-        self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        self._tensorboard.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **finite}) + "\n")
+            self._file.flush()
+            self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._tensorboard.flush()
+        except OSError as error:  # which does not say where
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 def read(workdir: str | Path) -> list[dict[str, Any]]:
