@@ -1,7 +1,14 @@
-"""`import effjax` is enough, and takes no time."""
+"""`import effjax` is enough and takes no time, and its types are checked."""
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+import effjax
+
+ROOT = Path(__file__).parents[1]
 
 PROGRAM = """
 import sys, effjax
@@ -23,7 +30,13 @@ def test_rooms_are_imported_when_they_are_asked_for():
 
 
 def test_every_room_can_be_asked_for():
-    import effjax
-
     for room in effjax._ROOMS:
         assert getattr(effjax, room).__name__ == f"effjax.{room}"
+
+
+@pytest.mark.slow
+def test_the_types_of_what_users_import_are_right():
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert checked.returncode == 0, checked.stdout

@@ -1,5 +1,7 @@
 """Switch Transformer: one expert a token (Fedus et al., 2021, arXiv 2101.03961)."""
 
+import dataclasses
+
 import jax
 
 from effjax.ffn.mixture import MixtureOfExperts
@@ -43,6 +45,6 @@ class Switch(MixtureOfExperts):
         assignment = top_k.switch(logits)
         if self.renormalise:
             p = assignment.weights
-            assignment = assignment.replace(weights=p / jax.lax.stop_gradient(p))
+            assignment = dataclasses.replace(assignment, weights=p / jax.lax.stop_gradient(p))
         balance = load_balancing_loss(assignment.probs, assignment.indices, mask=mask)
         return assignment, {"loss/load_balancing": self.balance_weight * balance}

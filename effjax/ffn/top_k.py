@@ -1,5 +1,7 @@
 """The plain mixture of experts: a fixed number of experts a token."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -55,4 +57,4 @@ class TopK(MixtureOfExperts):
         if self.renormalise:
             return assignment
         weights = jnp.take_along_axis(assignment.probs, assignment.indices, axis=-1)
-        return assignment.replace(weights=weights)
+        return dataclasses.replace(assignment, weights=weights)

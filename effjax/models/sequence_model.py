@@ -1,5 +1,6 @@
 """Models as compositions: embedding -> depth policy over a stack of (mixer, feed-forward) blocks -> norm -> head."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -116,7 +117,7 @@ class SequenceModel(nn.Module):
 
     def at_step(self, step: int) -> "SequenceModel":
         """The model as it is at a training step: parts with a schedule of static fields (capacities) move along it."""
-        parts = {"depth": self.depth, "ffn": self.ffn, "head": self.head}
+        parts: dict[str, Any] = {"depth": self.depth, "ffn": self.ffn, "head": self.head}
         moved = {k: p.at_step(step) for k, p in parts.items() if hasattr(p, "at_step")}
         return self.clone(**moved) if any(moved[k] != parts[k] for k in moved) else self
 
@@ -177,7 +178,7 @@ class SequenceModel(nn.Module):
         )
         if state is not None:
             seen = jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
-            state = state.replace(layers=layers, length=state.length + seen)
+            state = dataclasses.replace(state, layers=layers, length=state.length + seen)
         hidden = self._normed(x)
         head, head_aux = self._read(hidden, table, segment_ids, head_at)
         aux = scalars.combine([aux, head_aux])
@@ -205,7 +206,7 @@ class SequenceModel(nn.Module):
         layers = self.depth.init_pool(
             self.stack(), batch_size, max_length, self.d_model, self.dtype
         )
-        return state.replace(layers=layers, length=jnp.zeros_like(state.length))
+        return dataclasses.replace(state, layers=layers, length=jnp.zeros_like(state.length))
 
     @nn.compact
     def enter(
@@ -234,7 +235,7 @@ class SequenceModel(nn.Module):
             segment_ids=segment_ids,
             pool=state.layers,
         )
-        return journey, state.replace(layers=layers)
+        return journey, dataclasses.replace(state, layers=layers)
 
     def recurse(self, journey: Journey, *, state: DecodeState) -> tuple[Journey, DecodeState]:
         """Applies to the token of each row that goes on the recursion that is its next, whichever that is."""
@@ -242,7 +243,7 @@ class SequenceModel(nn.Module):
         journey, layers = self.depth.recurse(
             self.stack(), journey, positions=positions, pool=state.layers
         )
-        return journey, state.replace(layers=layers)
+        return journey, dataclasses.replace(state, layers=layers)
 
     @nn.compact
     def leave(
@@ -276,7 +277,7 @@ class SequenceModel(nn.Module):
             hidden=hidden,
             aux=scalars.losses(aux),
             metrics=scalars.metrics(aux),
-            state=state.replace(layers=layers, length=length),
+            state=dataclasses.replace(state, layers=layers, length=length),
             **head,
         )
 

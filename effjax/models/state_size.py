@@ -1,6 +1,7 @@
 """How much a model has to remember while it decodes: the horizontal axis of recall-against-memory curves."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -40,7 +41,9 @@ def state_size(model: SequenceModel, max_length: int) -> list[StateSize]:
     stack = model.stack()
     size = (1, max_length, model.d_model, model.dtype)
     layers = [
-        _measure(registry.describe(block.mixer)["name"], lambda b=block: b.mixer.init_state(*size))
+        _measure(
+            registry.describe(block.mixer)["name"], functools.partial(block.mixer.init_state, *size)
+        )
         for block in stack.blocks
     ]
     return [*layers, _measure("total", lambda: model.depth.init_state(stack, *size))]

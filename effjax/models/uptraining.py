@@ -204,7 +204,8 @@ class _Trained:
         known = self._mean(local, layers)
         if known.shape == shape:
             return known
-        # A router that gets null experts, the scores of which come last.
+        # A router that gets null experts, the scores of which come last; routers always have fresh ones to take.
+        assert fresh is not None
         return jnp.concatenate([known, self._cast(fresh)[..., known.shape[-1] :]], axis=-1)
 
     def _has(self, local: str) -> bool:
@@ -252,6 +253,7 @@ def _fresh(model: SequenceModel, key: PRNGKeyArray) -> dict[str, Array]:
 def _origins(model: SequenceModel, initialisation: str) -> dict[str, Origin]:
     """What each stack of a model begins as, by the name that its parameters have."""
     stack = model.stack()
+    sources: dict[str, dict[int, tuple[int, ...]]]
     if isinstance(model.depth, Plain):
         sources = {"layers": {layer: (layer,) for layer in range(len(stack))}}
     else:

@@ -37,9 +37,10 @@ def nested(
             f"matryoshka_weights is {weights}; valid: {len(dims)} numbers, one for each of "
             f"the dimensions {dims}, finite, not negative and not all zero"
         )
-    total, metrics = 0.0, {}
+    terms: list[Array] = []
+    metrics: Scalars = {}
     for dim, weight in zip(dims, weights, strict=True):
         loss, of_dim = loss_at(dim)
-        total = total + weight * loss
+        terms.append(weight * loss)
         metrics |= {f"{name}/{dim}": value for name, value in of_dim.items()}
-    return total, metrics
+    return sum(terms[1:], start=terms[0]), metrics

@@ -1,5 +1,7 @@
 """Token choice: every token takes the experts that score highest for it."""
 
+import dataclasses
+
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -31,7 +33,8 @@ class Assignment:
     def only(self, mask: Bool[Array, "..."]) -> "Assignment":
         """The assignment of the tokens marked by `mask`; the others go to no expert at all."""
         nobody = self.probs.shape[-1]
-        return self.replace(
+        return dataclasses.replace(
+            self,
             indices=jnp.where(mask[..., None], self.indices, nobody),
             weights=jnp.where(mask[..., None], self.weights, 0.0),
         )
