@@ -11,11 +11,16 @@ from jaxtyping import Array, Float, Int
 from effjax import registry
 from effjax.depth.block import Block
 from effjax.nn import scalars
+from pallas_kernels import residuals
 
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Products with weights, and the results of attention and scans, are kept.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(residuals.NAME),
+    ),
 }
 
 

@@ -18,6 +18,7 @@ from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.gpu_tile import BLOCK, Spec
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.hopper import ROWS, WARPGROUPS
+from pallas_kernels.residuals import keep
 from pallas_kernels.varying import vary_alike
 
 LARGEST_HEAD_DIM = 128
@@ -90,6 +91,7 @@ def _forward(spec, q, k, v, queries, keys):
     )
     out = out[:, : q.shape[1], :, : v.shape[3]]
     lse = lse[:, :, : q.shape[1]].swapaxes(1, 2)
+    out, lse = keep(out, lse)
     return (out, lse), (q, k, v, queries, keys, out, lse)
 
 

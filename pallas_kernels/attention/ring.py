@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention.mask import Tokens
+from pallas_kernels.residuals import keep
 from pallas_kernels.varying import vary_alike
 
 # `(q, k, v, queries, keys, *, causal, window) -> (out, lse)` for arrays of one device; no positions mean index order.
@@ -85,6 +86,7 @@ def _forward(spec, q, k, v, queries, keys):
     carry = (out.astype(lse.dtype), lse, coming)
     (out, lse, _), _ = jax.lax.scan(hop, carry, _hops(spec))
     out = out.astype(v.dtype)
+    out, lse = keep(out, lse)
     return (out, lse), (q, k, v, queries, keys, out, lse)
 
 

@@ -18,6 +18,7 @@ from pallas_kernels.attention.blocks import LANES, WIDEST_GROUP, blocks, width
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.attention.tpu_tile import Spec
 from pallas_kernels.dispatch import target
+from pallas_kernels.residuals import keep
 from pallas_kernels.varying import shaped_like, vary_alike
 
 LARGEST_HEAD_DIM = 512
@@ -108,6 +109,7 @@ def _forward(spec, q, k, v, queries, keys):
         name="attention_forward",
     )
     out, lse = (tpu_tile.from_heads_of_queries(spec, x) for x in (out, lse))
+    out, lse = keep(out, lse)
     return (out, lse), (q, k, v, queries, keys, out, lse)
 
 

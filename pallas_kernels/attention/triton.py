@@ -25,6 +25,7 @@ from pallas_kernels.attention.triton_tile import (
     token_arrays,
     where_allowed,
 )
+from pallas_kernels.residuals import keep
 from pallas_kernels.triton_tiles import Heads, dot, load_tile, store_tile, vector_pointers
 from pallas_kernels.varying import vary_alike
 
@@ -91,6 +92,7 @@ def _forward(spec: Spec, interpret, q, k, v, queries, keys):
         launch=spec.blocks.launch,
         interpret=interpret,
     )
+    out, lse = keep(out, lse)
     return (out, lse.swapaxes(1, 2)), (q, k, v, queries, keys, out, lse)
 
 

@@ -19,6 +19,7 @@ from pallas_kernels.linear_attention.gpu_outputs import outputs
 from pallas_kernels.linear_attention.gpu_states import State, Tokens, states
 from pallas_kernels.linear_attention.gpu_tile import BLOCK, VALUE_MULTIPLE, Spec, token_rows
 from pallas_kernels.linear_attention.state import LinearAttentionState
+from pallas_kernels.residuals import keep
 from pallas_kernels.varying import vary_alike
 
 LARGEST_VALUE_DIM = 128
@@ -69,6 +70,7 @@ def _forward(spec, q, k, v, runs, state):
     rows, keeps = token_rows(spec, runs)
     past, past_sums, last = states(spec, Tokens(k, v, None, rows, keeps), state, reverse=False)
     out, total = outputs(spec, q, k, v, rows, past, past_sums)
+    out, total = keep(out, total)
     return (out, last), (q, k, v, runs, past, past_sums, out, total)
 
 

@@ -18,6 +18,7 @@ from pallas_kernels.linear_attention.state import LinearAttentionState
 from pallas_kernels.linear_attention.tpu_blocks import LANES, VMEM_LIMIT, blocks, ones_rows
 from pallas_kernels.linear_attention.tpu_chunk import Spec
 from pallas_kernels.linear_attention.tpu_features import cannot_trace, kernel_features
+from pallas_kernels.residuals import keep
 from pallas_kernels.varying import interpreter, shaped_like, vary_alike
 
 
@@ -126,6 +127,7 @@ def _forward(spec, q, k, v, rows, state):
         ],
         carry,
     )
+    out, total = keep(out, total)
     return (out, last), (q, k, v, rows, state, out, total)
 
 

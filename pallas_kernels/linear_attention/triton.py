@@ -14,6 +14,7 @@ from pallas_kernels.linear_attention import triton_blocks, triton_chunk, triton_
 from pallas_kernels.linear_attention.feature_maps import FEATURE_MAPS
 from pallas_kernels.linear_attention.state import LinearAttentionState
 from pallas_kernels.linear_attention.triton_features import Spec
+from pallas_kernels.residuals import keep
 from pallas_kernels.triton_tiles import Heads
 from pallas_kernels.varying import vary_alike
 
@@ -72,6 +73,7 @@ def _forward(spec: Spec, interpret, q, k, v, runs, state):
         (v, jax.ShapeDtypeStruct((v.shape[0], *_by_head(q)), jnp.float32)),
         spec.num_blocks,
     )
+    out, total = keep(out, total)
     return (out, last), (q, k, v, runs, state, out, total)
 
 

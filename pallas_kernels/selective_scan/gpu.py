@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import WARPGROUPS
+from pallas_kernels.residuals import keep
 from pallas_kernels.selective_scan import gpu_backward, gpu_chunks, gpu_tile
 from pallas_kernels.selective_scan.gpu_chunks import Chunk, Inputs, Spec
 from pallas_kernels.selective_scan.gpu_tile import (
@@ -74,6 +75,7 @@ def _scan(spec, u, delta, A, B, C, D, z, resets, state):
 
 def _forward(spec, *arguments):
     y, last, pasts = _call_forward(spec, *arguments, keeps_pasts=True)
+    y, pasts = keep(y, pasts)
     return (y, last), (*arguments[:-1], pasts)
 
 

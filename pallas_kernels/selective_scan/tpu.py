@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import target
+from pallas_kernels.residuals import keep
 from pallas_kernels.selective_scan import tpu_backward
 from pallas_kernels.selective_scan.tpu_blocks import LANES, block_channels
 from pallas_kernels.selective_scan.tpu_tile import (
@@ -82,6 +83,7 @@ def _scan(spec, u, delta, A, B, C, D, z, resets, state):
 
 def _forward(spec, *arguments):
     y, last, pasts = _call_forward(spec, *arguments, keeps_pasts=True)
+    y, pasts = keep(y, pasts)
     return (y, last), (*arguments[:-1], pasts)
 
 

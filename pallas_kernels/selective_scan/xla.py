@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.residuals import keep
 from pallas_kernels.selective_scan.state import skip_and_gate
 
 CHUNK = 32
@@ -43,7 +44,8 @@ def _forward(chunk_size, u, delta, A, B, C, resets, state):
 
     inputs = (u, delta, B, C, resets)
     state, (y, pasts) = jax.lax.scan(chunk, state, _to_chunks(inputs, chunk_size, A.dtype))
-    return (_from_chunks(y, u.shape[1]), state), (inputs, A, pasts)
+    y, pasts = keep(_from_chunks(y, u.shape[1]), pasts)
+    return (y, state), (inputs, A, pasts)
 
 
 def _backward(chunk_size, saved, cotangents):

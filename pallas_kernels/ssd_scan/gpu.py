@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import hopper
+from pallas_kernels.residuals import keep
 from pallas_kernels.ssd_scan import gpu_gradients, gpu_outputs, gpu_states
 from pallas_kernels.ssd_scan.gpu_chunk import CHANNELS, CHUNK, LOG2_E, STATES
 from pallas_kernels.varying import vary_alike
@@ -104,6 +105,7 @@ def _forward(interpret, x, dt, log_decay, B, C, D, reset, state):
         pasts,
         interpret=interpret,
     )
+    y, pasts = keep(y, pasts)
     return (y, last), (x, dt, log_decay, B, C, D, reset, pasts)
 
 

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import target
+from pallas_kernels.residuals import keep
 from pallas_kernels.ssd_scan import tpu_backward, tpu_forward
 from pallas_kernels.ssd_scan.tpu_blocks import (
     LANES,
@@ -131,6 +132,7 @@ def _scan(spec, x, dt, log_decay, B, C, D, marks, state):
 
 def _forward(spec, x, dt, log_decay, B, C, D, marks, state):
     y, last, pasts = _call_forward(spec, x, dt, log_decay, B, C, D, marks, state, keeps_pasts=True)
+    y, pasts = keep(y, pasts)
     return (y, last), (x, dt, log_decay, B, C, D, marks, pasts)
 
 

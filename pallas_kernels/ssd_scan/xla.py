@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.residuals import keep
 from pallas_kernels.ssd_scan.state import skip
 
 CHUNK = 64
@@ -47,7 +48,8 @@ def _forward(chunk_size, *inputs):
         return state, (y, past)
 
     state, (y, pasts) = jax.lax.scan(chunk, state, _to_chunks(inputs, chunk_size))
-    return (_from_chunks(y, inputs[0].shape[1]), state), (inputs, pasts)
+    y, pasts = keep(_from_chunks(y, inputs[0].shape[1]), pasts)
+    return (y, state), (inputs, pasts)
 
 
 def _backward(chunk_size, saved, cotangents):
