@@ -25,6 +25,7 @@ import numpy as np
 from pallas_kernels.attention import visits
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens
+from pallas_kernels.residuals import keep
 from pallas_kernels.varying import vary_alike
 
 # Entries in a tile of logits, over all of batch and heads: 1 MiB of float32, the L2 caches of two cores.
@@ -105,6 +106,7 @@ def _forward(spec, q, k, v, queries, keys):
     _, (out, lse) = jax.lax.scan(query_block, None, (ranges, *row_blocks))
     out = _from_rows(spec, out).astype(v.dtype)
     lse = _from_rows(spec, lse)[..., 0]
+    out, lse = keep(out, lse)
     return (out, lse), (q, k, v, queries, keys, out, lse)
 
 
