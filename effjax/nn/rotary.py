@@ -3,12 +3,18 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from effjax.registry import unknown
+from effjax.nn.shards import on_shards
+from effjax.unknown import unknown
+from pallas_kernels.dispatch import target
 
 SCALINGS = ("linear", "llama3")
+# Of a TPU's vector unit.
+_LANES = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +86,29 @@ def rotary(
     if scaling is not None:
         frequencies = scaling(frequencies)
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    if target().platform == "tpu" and dim % (2 * _LANES):
+        heads = "batch length heads _"
+        return on_shards(_by_products, (heads, heads), heads)(x, angles)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
+
+
+def _by_products(x, angles, axis_name=None):
+    """x [B, T, H, D] turned by angles [B, T, 1, D/2], for vector units of which half a head would leave lanes idle.
+
+    Heads stand side by side until they fill the lanes, and their halves change places, (-second, first), in the matrix
+    unit. That is exact: each column of the matrix has one entry, 1 or -1. Tokens have nothing to do with each other, so
+    that it does not matter over which axis they are split.
+    """
+    del axis_name
+    *tokens, heads, dim = x.shape
+    abreast = math.gcd(heads, max(1, _LANES // dim))
+    swap = np.kron(np.eye(abreast), np.kron([[0, 1], [-1, 0]], np.eye(dim // 2)))
+    x = x.reshape(*tokens, heads // abreast, abreast * dim)
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    swapped = jnp.dot(x, jnp.asarray(swap, x.dtype), precision=precision)
+    cos, sin = (jnp.tile(f(angles), 2 * abreast) for f in (jnp.cos, jnp.sin))
+    rotated = (x * cos + swapped * sin).astype(x.dtype)
+    return rotated.reshape(*tokens, heads, dim)

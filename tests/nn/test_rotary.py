@@ -1,8 +1,12 @@
+import sys
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from effjax.nn import rotary
+from pallas_kernels.dispatch import Target
 
 
 def test_pairs_turn_as_complex_numbers(rng):
@@ -37,3 +41,16 @@ def test_keeps_the_dtype(rng):
 def test_odd_head_dim_is_an_error():
     with pytest.raises(ValueError, match="even head_dim, got 5"):
         rotary(jnp.zeros((1, 1, 1, 5)), jnp.zeros((1, 1), jnp.int32))
+
+
+@pytest.mark.parametrize("heads, dim", [(6, 64), (3, 64), (8, 32), (2, 128), (5, 24)])
+def test_on_a_tpu_the_matrix_unit_swaps_the_halves_exactly(rng, monkeypatch, heads, dim):
+    x = jnp.asarray(rng.normal(size=(2, 7, heads, dim)), jnp.float32)
+    positions = jnp.asarray(rng.integers(1000, size=(2, 7)))
+    weights = jnp.asarray(rng.normal(size=x.shape), jnp.float32)
+    turn = lambda x: jax.vjp(lambda x: rotary(x, positions), x)[1](weights)[0]  # noqa: E731
+    here = rotary(x, positions), turn(x)
+    monkeypatch.setattr(sys.modules["effjax.nn.rotary"], "target", lambda: Target("tpu", ""))
+    assert "dot_general" in str(jax.make_jaxpr(lambda x: rotary(x, positions))(x))
+    np.testing.assert_allclose(rotary(x, positions), here[0], atol=1e-6)
+    np.testing.assert_allclose(turn(x), here[1], atol=1e-6)
