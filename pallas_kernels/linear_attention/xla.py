@@ -20,6 +20,7 @@ import numpy as np
 
 from pallas_kernels.linear_attention.feature_maps import FeatureMap
 from pallas_kernels.linear_attention.state import LinearAttentionState
+from pallas_kernels.residuals import keep
 from pallas_kernels.varying import vary_alike
 
 # Up to this length the quadratic form alone takes fewer operations than building the state of the Taylor map.
@@ -79,13 +80,14 @@ def _forward(spec, q, k, v, runs, state):
         return after, (sums, carry)
 
     start = (state, _first_run(q))
-    (state, _), (sums, pasts) = jax.lax.scan(chunk, start, (*blocks, runs))
+    (state, _), (sums, (states, newest)) = jax.lax.scan(chunk, start, (*blocks, runs))
     out, total = sums[..., :dim, :], sums[..., dim:, :]
     if spec.normalize:
         total += spec.eps
         out /= total
     out = _from_chunks(out.swapaxes(-1, -2), time).astype(v.dtype)
-    return (out, state), (blocks, runs, pasts, out, total)
+    states, out, total = keep(states, out, total)
+    return (out, state), (blocks, runs, (states, newest), out, total)
 
 
 def _backward(spec, saved, cotangents):
