@@ -67,13 +67,13 @@ def _benchmark(module: str) -> None:
 
 def _result(result: str) -> None:
     path, _, section = result.partition("#")
-    text = (ROOT / path).read_text("utf-8")
-    if section and section not in _sections(text):
-        raise ValueError(f"no section {section!r}; there are {', '.join(_sections(text))}")
+    sections = sections_of(path)
+    if section and section not in sections:
+        raise ValueError(f"no section {section!r}; there are {', '.join(sections)}")
 
 
-def _sections(text: str) -> list[str]:
+def sections_of(path: str) -> list[str]:
     """The anchors of a Markdown file: its headings as GitHub and mkdocs link to them."""
-    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", (ROOT / path).read_text("utf-8"), re.MULTILINE)
     plain = (re.sub(r"[^\w\- ]", "", heading).strip().lower() for heading in headings)
     return [re.sub(r"[ ]+", "-", heading) for heading in plain]

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from evidence import ROOT, problems
+from evidence import ROOT, problems, sections_of
 from rich.console import Console
 
 from effjax import catalog
@@ -70,6 +70,13 @@ def test_sizes_of_a_recipe_are_all_there():
             if sizes is not None:
                 path = f"configs/{recipe}.py"
                 assert named == [path, *(f"{path}:{size}" for size in sizes)], entry.id
+
+
+def test_claims_that_were_measured_are_linked():
+    """Else: `result = "docs/RESULTS.md#<id>"` in the entry's file, then `python -m effjax.catalog --write=.`."""
+    sections = sections_of("docs/RESULTS.md")
+    linked = {entry.id for entry in ENTRIES if entry.result == f"docs/RESULTS.md#{entry.id}"}
+    assert linked == {entry.id for entry in ENTRIES if entry.id in sections}
 
 
 def test_pages_are_not_stale():
