@@ -16,7 +16,7 @@ from configs import matryoshka
 
 NAME = "matryoshka"
 NESTED = "nested"
-D_MODEL, DIMS, SEPARATE_DIMS = 64, (8, 16, 32, 64), (8, 16, 64)
+D_MODEL, DIMS, SEPARATE_DIMS = 64, (8, 16, 32, 64), (8, 64)
 SEQ_LEN, BATCH_SIZE, NUM_STEPS = 48, 32, 160
 K = 10
 # Of the recall of the search by all coordinates, for a cheaper search to count as equal.

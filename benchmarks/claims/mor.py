@@ -33,7 +33,6 @@ LEARNING_RATE = 6e-3
 # Other settings of the routing.
 TRIED = {
     "mor, alpha 1": {"alpha": 1.0},
-    "mor, alpha 1, additive": {"alpha": 1.0, "gating": "additive"},
 }
 ROUNDS = 9
 LOSS = "heldout_bits_per_byte"

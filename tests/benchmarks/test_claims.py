@@ -54,7 +54,7 @@ def switch(good):
 
 
 def adamoe(good):
-    name = "adamoe, 3 of 8 + 8 null"
+    name = "adamoe, 2 of 8 + 2 null"
     losses = {"top-2": 2.0, "top-1": 2.1, name: 2.0 if good else 2.2}
     flops = {"top-2": 2.0, "top-1": 1.0, name: 1.5}
     measures = {"expert_flops_per_token": flops, "experts_per_token": flops}
