@@ -1,7 +1,5 @@
 """Feed-forwards that every token passes whole."""
 
-import functools
-
 import flax.linen as nn
 import jax
 from jaxtyping import Array, Float
@@ -9,9 +7,16 @@ from jaxtyping import Array, Float
 from effjax.nn import Linear, scalars
 from effjax.registry import register, unknown
 
+
+def gelu_exact(x):
+    """x Φ(x) (Hendrycks and Gimpel, 2016, arXiv 1606.08415), by erf, a rational function: `nn.gelu` takes erfc, which
+    is more precise where it is next to nothing, and two exponentials and twice the time on a CPU."""
+    return x * (0.5 + 0.5 * jax.lax.erf(x * (0.5**0.5)))
+
+
 ACTIVATIONS = {
     "gelu": nn.gelu,
-    "gelu_exact": functools.partial(nn.gelu, approximate=False),
+    "gelu_exact": gelu_exact,
     "relu": nn.relu,
     "relu2": lambda x: jax.numpy.square(nn.relu(x)),
     "sigmoid": nn.sigmoid,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax.nn import Linear
+from effjax.nn.linear import product
 from effjax.registry import register
 
 
@@ -28,7 +29,8 @@ class Tied(nn.Module):
         embedding: Float[Array, "V D"],
         segment_ids: Int[Array, "B T"],
     ):
-        return {"logits": soft_cap(hidden @ embedding.T.astype(hidden.dtype), self.soft_cap)}
+        logits = product(hidden, embedding.T.astype(hidden.dtype))
+        return {"logits": soft_cap(logits, self.soft_cap)}
 
 
 @register("head", "untied")

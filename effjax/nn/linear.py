@@ -8,6 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from effjax.nn.shards import is_split
+
 # Unit variance of the output for unit variance of the input (LeCun et al., 1998).
 default_kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
 
@@ -28,11 +30,22 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = x @ kernel.astype(x.dtype)
+        y = product(x, kernel.astype(x.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + bias.astype(x.dtype)
         return y
+
+
+def product(x: Float[Array, "... in"], matrix: Float[Array, "in out"]) -> Float[Array, "... out"]:
+    """x W, as a product of two matrices where no mesh splits the rows of x.
+
+    So is the gradient of W then. Of more axes XLA makes a transposed copy of x first, which takes a CPU longer than the
+    product. Where they are split they stay apart: the compiler could not split what two of them become together.
+    """
+    if x.ndim < 3 or is_split():
+        return x @ matrix
+    return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
 class Embed(nn.Module):

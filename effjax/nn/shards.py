@@ -69,6 +69,12 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _spec(rules, axes))
 
 
+def is_split() -> bool:
+    """Whether the compiler splits what is computed here over several devices, by the mesh and the rules in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return _is_split(mesh, _rules(mesh))
+
+
 def _is_split(mesh, rules: dict) -> bool:
     """Whether a program is split over several devices by the compiler, and not by its author."""
     auto = all(kind == AxisType.Auto for kind in mesh.axis_types)

@@ -1,3 +1,4 @@
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +25,22 @@ def test_linear_computes_in_the_dtype_of_x_from_float32_parameters():
     )
     assert y.dtype == jnp.bfloat16
     assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+
+def test_linear_and_its_gradients_are_products_of_two_matrices_where_no_mesh_splits_them():
+    layer, x = Linear(4), jnp.ones((2, 3, 5))
+    variables = layer.init(jax.random.key(0), x)
+
+    def ranks():
+        loss = lambda variables, x: jnp.sum(jnp.sin(layer.apply(variables, x)))  # noqa: E731
+        equations = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(variables, x).eqns
+        dots = [e for e in equations if e.primitive.name == "dot_general"]
+        return [operand.aval.ndim for dot in dots for operand in dot.invars]
+
+    assert ranks() == [2] * 6
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", "data"),)):
+        assert 3 in ranks()
 
 
 def test_linear_starts_with_unit_gain(rng):
