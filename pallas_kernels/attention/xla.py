@@ -1,13 +1,16 @@
 """Attention in pure JAX: a loop over tiles with a running softmax, and FlashAttention-2's backward.
 
 Memory is linear in time, tiles that the mask leaves empty are never visited, and only tiles that it cuts are masked
-(Dao, "FlashAttention-2", arXiv 2307.08691, algorithms 1 and 2). Three choices make it fast on a CPU:
+(Dao, "FlashAttention-2", arXiv 2307.08691, algorithms 1 and 2). These choices make it fast on a CPU:
 
 - The logits of a tile lie transposed, [keys, rows]. Then the statistics of the rows broadcast along the minor axis,
   and the reductions run over the major one. The left operand of each of the seven matrix products is contiguous in
   the axis that it is contracted over, which a CPU multiplies up to twice as fast: keys and values are laid out both
   ways, once, and the outputs accumulate as [D, rows] and are turned once.
-- A tile is as large as the caches, whatever the batch: all heads of the batch are in it.
+- A tile is as large as the caches: it holds all heads of as few rows of the batch as fill it, because a product of a
+  few long blocks is up to three times as fast as that of many short ones. The rows follow one another, each with its
+  copies of what it reads in the layouts of the products, which then are in the caches too.
+- The queries are scaled, and not the logits: that is one pass over each tile less.
 - Blocks are the leading axis of every array, so that a loop step takes one contiguous piece.
 
 The rows of a tile are the queries of all heads that share a key head, so that grouped-query attention reads each
@@ -22,14 +25,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import dispatch
 from pallas_kernels.attention import visits
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens
 from pallas_kernels.residuals import keep
 from pallas_kernels.varying import vary_alike
 
-# Entries in a tile of logits, over all of batch and heads: 1 MiB of float32, the L2 caches of two cores.
-TILE = 2**18
+# Entries in a tile of logits, over all of its rows of the batch and heads: 2 MiB of float32.
+TILE = 2**19
 SMALLEST_BLOCK, LARGEST_BLOCK = 64, 512
 # Below any logit, and finite: the difference of two of them is 0.
 LOWEST = -1e30
@@ -37,13 +41,14 @@ LOWEST = -1e30
 
 @dataclasses.dataclass(frozen=True)
 class _Spec:
-    """The static arguments of the op, whether its mask asks for tokens too, and the length of its blocks."""
+    """The static arguments of the op, whether its mask asks for tokens too, and the size of its tiles."""
 
     mask: Mask
     has_tokens: bool
     scale: float
     logits_soft_cap: float | None
     group: int
+    batch: int
     q_block: int
     k_block: int
 
@@ -54,12 +59,31 @@ class _Spec:
 
 def attention(q, k, v, queries: Tokens, keys: Tokens, *, mask: Mask, scale, logits_soft_cap):
     """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`; see the package for the arguments."""
-    target = math.sqrt(TILE / (q.shape[0] * q.shape[2]))
-    target = min(max(2 ** round(math.log2(target)), SMALLEST_BLOCK), LARGEST_BLOCK)
-    q_block, k_block = (_block_length(x.shape[1], target) for x in (q, k))
-    has_tokens, group = mask.takes_tokens(queries), q.shape[2] // k.shape[2]
-    spec = _Spec(mask, has_tokens, scale, logits_soft_cap, group, q_block, k_block)
+    batch, heads = q.shape[0], q.shape[2]
+    if q.dtype == _accumulator(q.dtype):
+        q, scale = scale * q, 1.0
+    rows, (q_block, k_block) = _tile(batch, heads, mask)
+    queries, keys = jax.tree.map(
+        lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), (queries, keys)
+    )
+    has_tokens, group = mask.takes_tokens(queries), heads // k.shape[2]
+    spec = _Spec(mask, has_tokens, scale, logits_soft_cap, group, rows, q_block, k_block)
     return _attention(spec, *vary_alike((q, k, v, queries, keys)))
+
+
+def _tile(batch: int, heads: int, mask: Mask) -> tuple[int, tuple[int, int]]:
+    """Rows of the batch in a tile, and the lengths of its blocks of queries and keys.
+
+    Only a CPU takes the rows one after the other; other devices have so many units that they need all of them at once.
+    """
+    in_turn = dispatch.target().platform == "cpu"
+    longest = 2 ** round(math.log2(math.sqrt(TILE / (heads if in_turn else heads * batch))))
+    if mask.window is not None:
+        longest = min(longest, 2 ** math.ceil(math.log2(mask.window)))
+    longest = min(max(longest, SMALLEST_BLOCK), LARGEST_BLOCK)
+    q_block, k_block = (_block_length(n, longest) for n in (mask.num_queries, mask.num_keys))
+    most = max(1, TILE // (heads * q_block * k_block)) if in_turn else batch
+    return max(n for n in range(1, most + 1) if batch % n == 0), (q_block, k_block)
 
 
 def _block_length(length: int, target: int) -> int:
@@ -74,7 +98,12 @@ def _attention(spec, q, k, v, queries, keys):
     return _forward(spec, q, k, v, queries, keys)[0]
 
 
-def _forward(spec, q, k, v, queries, keys):
+def _forward(spec, *arguments):
+    out, lse = keep(*_over_batch(spec, functools.partial(_forward_rows, spec), *arguments))
+    return (out, lse), (*arguments, out, lse)
+
+
+def _forward_rows(spec, q, k, v, queries, keys):
     ranges = visits.ranges(visits.by_queries(spec.mask, spec.blocks, spec.has_tokens), axis="query")
     row_blocks = (_rows(spec, q), _row_tokens(spec, queries))
     k_blocks, vt_blocks = _keys(spec, k), _keys(spec, v).swapaxes(-1, -2)
@@ -106,13 +135,15 @@ def _forward(spec, q, k, v, queries, keys):
     _, (out, lse) = jax.lax.scan(query_block, None, (ranges, *row_blocks))
     out = _from_rows(spec, out).astype(v.dtype)
     lse = _from_rows(spec, lse)[..., 0]
-    out, lse = keep(out, lse)
-    return (out, lse), (q, k, v, queries, keys, out, lse)
+    return out, lse
 
 
 def _backward(spec, saved, cotangents):
-    q, k, v, queries, keys, out, lse = saved
-    d_out, d_lse = cotangents
+    gradients = _over_batch(spec, functools.partial(_backward_rows, spec), *saved, *cotangents)
+    return *gradients, None, None
+
+
+def _backward_rows(spec, q, k, v, queries, keys, out, lse, d_out, d_lse):
     dtype = lse.dtype
     # d logits = weights * (d_out vᵀ - delta) with delta = d_out · out (Dao 2023, section 2.3.2); the gradient of the
     # log-sum-exp is the weights themselves. A row that sees nothing passes no gradient.
@@ -150,7 +181,7 @@ def _backward(spec, saved, cotangents):
     dq = _from_rows(spec, dq).astype(q.dtype)
     dk = _from_keys(spec, dk).astype(k.dtype)
     dv = _from_keys(spec, dv).astype(v.dtype)
-    return dq, dk, dv, None, None
+    return dq, dk, dv
 
 
 _attention.defvjp(_forward, _backward)
@@ -199,6 +230,16 @@ def _accumulator(dtype):
 
 
 # Blocks.
+
+
+def _over_batch(spec, function, *arrays):
+    """`function` of all the arrays, of `spec.batch` rows of the batch at a time."""
+    batch = arrays[0].shape[0]
+    if spec.batch == batch:
+        return function(*arrays)
+    parts = jax.tree.map(lambda x: x.reshape(-1, spec.batch, *x.shape[1:]), arrays)
+    results = jax.lax.map(lambda part: function(*part), parts)
+    return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
 def _over_tiles(ranges: np.ndarray, tiles, step, carry):

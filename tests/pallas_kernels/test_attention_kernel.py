@@ -9,7 +9,7 @@ import pytest
 from proof import assert_close, relative_error, temporary_bytes
 
 from pallas_kernels import attention
-from pallas_kernels.attention import visits
+from pallas_kernels.attention import visits, xla
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens
 
@@ -106,7 +106,9 @@ def test_equals_loops_over_rows(rng, implementation, num_queries, num_keys, opti
     assert relative_error(got[1], want[1]) < 1e-5
 
 
-# Batch 8 and 8 heads make blocks of 64 or less, so that these lengths are several tiles, the last one padded.
+# With 8 heads in a tile its blocks are of 64 or less, so that these lengths are several tiles, the last one padded, and
+# the rows of the batch take turns.
+SMALL_TILE = 2**15
 CASES = {
     "causal, grouped heads": ((131, 131, 8, 2), {}),
     "window and segments": ((200, 200, 8, 8), {"window": 17, "segments": True}),
@@ -128,7 +130,8 @@ SLOW = ("more queries than keys", "one query")
     + [("causal, grouped heads", "bfloat16")]
     + [pytest.param("window and segments", "bfloat16", marks=pytest.mark.slow)],
 )
-def test_xla_with_every_gradient_equals_float64(rng, case, dtype):
+def test_xla_with_every_gradient_equals_float64(rng, monkeypatch, case, dtype):
+    monkeypatch.setattr(xla, "TILE", SMALL_TILE)
     (num_queries, num_keys, heads, kv_heads), options = CASES[case]
     inputs, cotangents = random_inputs(rng, 8, num_queries, num_keys, heads, kv_heads)
     options = dict(options)
