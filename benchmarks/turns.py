@@ -13,17 +13,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 
 def serve(programs: Mapping[str, Callable[[], object]]) -> None:
-    """Runs a side: for each name that comes on standard input, runs that program and answers with its seconds.
+    """Runs a side: for each name on standard input, runs that program and answers with its seconds and its result.
 
     Args:
-        programs: by name; each returns when its work is done.
+        programs: by name; each returns when its work is done, and what it returns JSON can hold.
     """
     answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     for line in sys.stdin:
         program = programs[json.loads(line)]
         start = time.perf_counter()
-        program()
-        print(json.dumps(time.perf_counter() - start), file=answers, flush=True)
+        result = program()
+        print(json.dumps([time.perf_counter() - start, result]), file=answers, flush=True)
 
 
 class Side:
@@ -36,11 +36,18 @@ class Side:
         )
 
     def run(self, program: str) -> float:
-        """Seconds that a run of the program took.
+        """Seconds that a run of the program took. Raises as `ask` does."""
+        return self._answer(program)[0]
+
+    def ask(self, program: str) -> object:
+        """What the program returned.
 
         Raises:
             RuntimeError: the process ended.
         """
+        return self._answer(program)[1]
+
+    def _answer(self, program: str) -> tuple[float, object]:
         try:
             self._process.stdin.write(json.dumps(program) + "\n")
             self._process.stdin.flush()

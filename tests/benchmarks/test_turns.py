@@ -7,7 +7,7 @@ from benchmarks import turns
 SLEEPER = """
 import sys, time
 from benchmarks.turns import serve
-serve({"sleep": lambda: time.sleep(0.05), "print": lambda: print("hello"), "exit": sys.exit})
+serve({"sleep": lambda: time.sleep(0.05), "print": lambda: print("hello"), "sum": lambda: [1 + 1], "exit": sys.exit})
 """
 
 
@@ -21,6 +21,7 @@ def side():
 def test_a_side_times_its_programs_in_its_own_process(side):
     assert side.run("sleep") >= 0.05
     assert side.run("print") > 0  # what it prints is no answer
+    assert side.ask("sum") == [2]
 
 
 def test_a_side_that_ended_is_named(side):

@@ -1,0 +1,1 @@
+"""Training on a CPU beside PyTorch, eager and compiled: `python -m benchmarks.training`."""
