@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from effjax.depth import Plain
 from effjax.depth.stack import pattern_period
 from effjax.interop.error import InteropError
 from effjax.models import SequenceModel
@@ -20,6 +21,9 @@ from effjax.models import SequenceModel
 # strings, with an axis for the repeats of a scan, if there is one, and one for all of their layers that share these
 # parameters.
 Layers = Mapping[str, np.ndarray]
+
+# The paths of the layers of a plain stack, but for their numbers.
+_BLOCKS = "depth/layers/blocks_"
 
 Shape = tuple[int, ...]
 Spans = tuple[range, ...]
@@ -137,10 +141,27 @@ class Leaf:
 
 def parameter_shapes(model: SequenceModel) -> dict[str, Shape]:
     """The shape of every parameter of a model, by path; nothing is computed."""
-    return _traced_shapes(model.clone(parent=None, dtype="float32"))
+    model = model.clone(parent=None, dtype="float32")
+    if model.scan_layers or not isinstance(model.depth, Plain):
+        return _traced_shapes(model)
+    # To trace layer after layer of a deep model takes longer than to read its files.
+    return _unstacked(model, _traced_shapes(model.clone(scan_layers=True)))
 
 
-# Tracing a deep model takes seconds, and what was loaded is often saved again.
+def _unstacked(model: SequenceModel, stacked: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shapes of a plain stack's parameters, from those of the same layers scanned."""
+    period, found = pattern_period(model.stack().blocks), {}
+    for path, shape in stacked.items():
+        block, _, local = path.removeprefix(_BLOCKS).partition("/")
+        if not path.startswith(_BLOCKS):
+            found[path] = shape
+            continue
+        for layer in range(int(block), model.num_layers, period):
+            found[f"{_BLOCKS}{layer}/{local}"] = shape[1:]
+    return found
+
+
+# What was loaded is often saved again.
 @functools.lru_cache(maxsize=16)
 def _traced_shapes(model: SequenceModel) -> dict[str, Shape]:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -158,11 +179,9 @@ def plain_layers(model: SequenceModel) -> Layers:
     count = model.num_layers
     numbers = np.array([str(layer) for layer in range(count)], object)
     if not model.scan_layers:
-        return {
-            f"depth/layers/blocks_{layer}": numbers[layer : layer + 1] for layer in range(count)
-        }
+        return {f"{_BLOCKS}{layer}": numbers[layer : layer + 1] for layer in range(count)}
     period = pattern_period(model.stack().blocks)
-    return {f"depth/layers/blocks_{b}": numbers[b::period, None] for b in range(period)}
+    return {f"{_BLOCKS}{b}": numbers[b::period, None] for b in range(period)}
 
 
 def bind(table: Iterable[Row], model: SequenceModel, layers: Layers) -> list[Leaf]:
