@@ -5,6 +5,7 @@ programs serve whatever texts are in them, and where one text has ended, another
 """
 
 import abc
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from effjax.models import SequenceModel
-from effjax.serving.requests import Request, Requests
+from effjax.serving.prompts import bucket
+from effjax.serving.requests import USUAL, Request, Requests
+from effjax.serving.sampling import Sampling
 
 # Prompts are read together up to this part of a batch: their states take memory beside those of the batch.
 _SHARE = 4
@@ -84,6 +87,8 @@ class Decoder(abc.ABC):
         self.vocab_size = models[0].vocab_size
         self._requests = Requests(num_slots, self.vocab_size)
         self._together = together
+        # What a subclass counts of what it does, if it does (`totals`).
+        self._counts = np.zeros(2, int)
 
     @property
     def room(self) -> int:
@@ -122,6 +127,30 @@ class Decoder(abc.ABC):
     def release(self, slot: int) -> None:
         """Frees the slot of a text that has ended, or that nobody waits for."""
         self._requests.remove(slot)
+
+    def warm_up(self, longest: int) -> None:
+        """Compiles what texts need whose prompts have up to so many tokens, by making some; all slots have to be free.
+
+        Args:
+          longest: tokens of a prompt; there is a program for each power of two, from 16 on.
+        """
+        lengths, longest = [0], min(longest, self.room - 2)
+        while lengths[-1] < longest:
+            lengths.append(min(bucket(lengths[-1] + 1), longest))
+        for length, group in itertools.product(lengths[1:], sorted({1, self._together})):
+            self._try(length, group, USUAL[0])
+        for sampling in USUAL[1:] if longest > 0 else ():
+            self._try(1, 1, sampling)
+        self._counts[:] = 0
+
+    def _try(self, length: int, group: int, sampling: Sampling) -> None:
+        """Two tokens of the texts of equal prompts, which are not kept."""
+        prompt = np.zeros(length, np.int32)
+        slots = [s for s in range(group) if self.admit(s, Request(prompt, 2, sampling))]
+        for _ in range(2):  # reads the prompts, and takes a step
+            self.advance()
+        for slot in slots:
+            self.release(slot)
 
     @abc.abstractmethod
     def reset(self) -> None:

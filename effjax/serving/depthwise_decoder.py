@@ -41,15 +41,15 @@ class DepthwiseDecoder(Decoder):
         super().__init__((model,), num_slots, max_length, read_together(num_slots))
         self._model, self._variables = model, variables
         self._programs = depthwise.programs(model)
-        self._recursions = self._tokens = 0
         self.reset()
 
     @property
     def totals(self) -> Sequence[Total]:
         """Recursions that tokens took, and these tokens: the one over the other is the mean depth."""
+        recursions, tokens = self._counts.tolist()
         return (
-            Total("recursions", "Recursions of decoded tokens.", self._recursions),
-            Total("recursion_tokens", "Decoded tokens whose recursions these are.", self._tokens),
+            Total("recursions", "Recursions of decoded tokens.", recursions),
+            Total("recursion_tokens", "Decoded tokens whose recursions these are.", tokens),
         )
 
     def reset(self) -> None:
@@ -82,8 +82,7 @@ class DepthwiseDecoder(Decoder):
             np.int32(most),
         )
         drawn = self._take(most)
-        self._recursions += int(recursions)
-        self._tokens += sum(map(len, drawn.values()))
+        self._counts += int(recursions), sum(map(len, drawn.values()))
         return drawn
 
     def _take(self, most: int) -> Mapping[int, Sequence[Drawn]]:

@@ -17,8 +17,9 @@ from effjax.serving.inputs import NO_TOKEN, Inputs
 from effjax.serving.prompts import bucket
 from effjax.serving.sampling import PLAIN, Sampling
 
-# Free slots wait for each other, up to this part of a batch: prompts that are read together take less time.
-REFILL = 4
+# Free slots wait for each other, up to this part of a batch: prompts that are read together take less time, and slots
+# without a text waste theirs.
+REFILL = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +65,7 @@ def generate_depthwise(
 ) -> DepthwiseGeneration:
     """The texts of `generate`, in time proportional to the recursions that their tokens take.
 
-    There may be more texts than slots: when a quarter of the slots is free, the next ones begin in them. Programs are
+    There may be more texts than slots: when an eighth of the slots is free, the next ones begin in them. Programs are
     compiled for a model, a number of slots, and numbers of prompts and lengths up to the next power of two.
 
     Args:

@@ -19,6 +19,9 @@ _NEUTRAL = {"temperature": 0.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty"
 # Settings that a step is compiled for: filters sort the vocabulary, which most batches can do without.
 _PROGRAMS = ((), ("temperature",), ("min_p", "repetition_penalty", "temperature", "top_k", "top_p"))
 
+# Ways to draw that take one of these programs each.
+USUAL = (Sampling(temperature=0.0), PLAIN, Sampling(top_p=0.9))
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:

@@ -74,6 +74,12 @@ _DRAFT_TOKENS = flags.DEFINE_integer(
     "draft_tokens", 4, "Tokens that are drafted before each pass of the model.", 1
 )
 _MAX_WAITING = flags.DEFINE_integer("max_waiting", 64, "Requests that may wait for a slot.", 1)
+_WARM_UP = flags.DEFINE_integer(
+    "warm_up",
+    128,
+    "Tokens of the longest prompt for which programs are compiled before the server answers; 0: none.",
+    0,
+)
 _TIMEOUT = flags.DEFINE_float("timeout", 300.0, "Seconds that a request may take.", 0.001)
 
 
@@ -162,13 +168,16 @@ def find_draft(
     return Draft(model, variables, num_tokens)
 
 
-def serve(loaded: Loaded, name: str, *, max_waiting: int = 64, **options: Any) -> Service:
+def serve(
+    loaded: Loaded, name: str, *, max_waiting: int = 64, warm_up: int = 0, **options: Any
+) -> Service:
     """Starts what answers requests: an engine for a model that scores the vocabulary, an embedder for one that embeds.
 
     Args:
       loaded: the model.
       name: of the model for clients.
       max_waiting: requests that may wait for a slot of the engine.
+      warm_up: tokens of the longest prompt for which programs are compiled now, and not when it comes.
       **options: those of `create_decoder` for the engine, and fields of `Service`.
     """
     fields = {field.name for field in dataclasses.fields(Service)}
@@ -176,7 +185,11 @@ def serve(loaded: Loaded, name: str, *, max_waiting: int = 64, **options: Any) -
     model, variables = loaded.model, loaded.variables
     engine = embedder = None
     if scores_vocabulary(model):
-        engine = Engine(create_decoder(model, variables, **options), max_waiting=max_waiting)
+        decoder = create_decoder(model, variables, **options)
+        if warm_up:
+            logger.info("compiling for prompts of up to %d tokens", warm_up)
+            decoder.warm_up(warm_up)
+        engine = Engine(decoder, max_waiting=max_waiting)
     elif options.get("draft") is not None:
         raise ValueError(
             "a draft for a model that embeds; valid: for one that scores the vocabulary"
@@ -217,6 +230,7 @@ def main():
         num_slots=_SLOTS.value,
         max_length=_MAX_LENGTH.value,
         max_waiting=_MAX_WAITING.value,
+        warm_up=_WARM_UP.value,
         cache_tokens=_CACHE_TOKENS.value,
         decoding=_DECODING.value,
         draft=find_draft(

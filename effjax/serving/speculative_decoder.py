@@ -49,13 +49,12 @@ class SpeculativeDecoder(Decoder):
         self._variables = (variables, draft_variables)
         self._programs = speculative.programs(model, draft, num_draft_tokens)
         self._num_draft_tokens = num_draft_tokens
-        self._totals = np.zeros(2, int)
         self.reset()
 
     @property
     def totals(self) -> Sequence[Total]:
         """Tokens of the draft, and those that stayed: the one over the other says how good the draft is."""
-        drafted, accepted = self._totals.tolist()
+        drafted, accepted = self._counts.tolist()
         return (
             Total("draft_tokens", "Tokens of the draft that the model has judged.", drafted),
             Total(
@@ -90,7 +89,7 @@ class SpeculativeDecoder(Decoder):
         )
         drawn = self._take(most=self._num_draft_tokens + 1)
         judged = np.stack(jax.device_get((self._texts.drafted, self._texts.accepted)))
-        self._totals = self._totals + (judged - self._judged).sum(axis=1)
+        self._counts += (judged - self._judged).sum(axis=1)
         self._judged = judged
         return drawn
 

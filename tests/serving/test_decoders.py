@@ -126,6 +126,33 @@ def random_prompts(rng, count):
 
 
 @pytest.mark.parametrize(
+    ("model", "way", "num_slots"),
+    [
+        pytest.param(CONVOLUTION, "plain", 1, id="plain"),
+        pytest.param(MOR, "depthwise", 8, id="depth-wise", marks=pytest.mark.slow),
+        pytest.param(RING, CONVOLUTION, SLOTS, id="speculative", marks=pytest.mark.slow),
+    ],
+)
+def test_after_a_warm_up_nothing_is_compiled_and_nothing_was_counted(
+    model, way, num_slots, rng, caplog
+):
+    _, decoder, _ = build(model, way, num_slots, rng)
+    decoder.warm_up(10)
+    assert not any(total.count for total in decoder.totals)
+    rng.shuffle(samplings := [GREEDY, Sampling(0.7), NARROW])
+    with jax.log_compiles():
+        for sampling in samplings:
+            for slot in range(num_slots):
+                prompt = rng.integers(VOCAB, size=rng.integers(1, 11))
+                assert decoder.admit(slot, Request(prompt, 4, sampling))
+            for _ in range(num_slots + 2):
+                decoder.advance()
+            for slot in range(num_slots):
+                decoder.release(slot)
+    assert "Compiling" not in caplog.text
+
+
+@pytest.mark.parametrize(
     ("model", "way", "num_slots"), ways(WAYS) + ways(SLOW_WAYS, marks=pytest.mark.slow)
 )
 def test_texts_that_come_and_go_are_what_generate_makes(model, way, num_slots, rng):
