@@ -80,6 +80,12 @@ def is_lower(runs: Runs, model: str, baseline: str, key: str) -> bool:
     return all(x < 0 for x in differences(runs, model, baseline, key))
 
 
+def is_level(runs: Runs, model: str, baseline: str, key: str, share: float = 0.01) -> bool:
+    """Whether the model is, in the mean, at most that share of the baseline above it."""
+    allowed = share * mean(runs, baseline, key)
+    return statistics.fmean(differences(runs, model, baseline, key)) <= allowed
+
+
 def is_no_higher(runs: Runs, model: str, baseline: str, key: str) -> bool:
     """Whether the model is, in the mean, at most one standard deviation of the baseline's seeds above it."""
     allowed = deviation(values(runs, baseline, key))
