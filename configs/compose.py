@@ -4,7 +4,7 @@
 
 Every field of the parts can then be set: --config.model.ffn.top_k=2 --config.model.mixers[1].window=32. Other fields of
 the model fit in too: num_layers=8. `optimizer=lion` takes another of optax's optimizers (`effjax.optim.names()`), with
-optax's numbers and the schedule of every recipe, whose peak suits AdamW: --config.optimizer.schedule.peak=5e-4.
+optax's numbers and the schedule of every recipe, whose peak suits AdamW: --config.optimizer.schedule.peak=1e-3.
 """
 
 from effjax import registry
