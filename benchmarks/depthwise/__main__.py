@@ -1,9 +1,12 @@
 """Makes texts by plain and by depth-wise batching and writes a table, JSON and a picture.
 
-The ways take turns, so that a change of the machine's speed reaches all of them alike. With `--workdirs`, of a "mor"
-and a "recursive" model that `train.py` has trained at one size, it does the same with these.
+Untrained models whose router is made to give each of some mean depths say what depth-wise batching gains at it. With
+`--workdirs`, of a "mor" and a "recursive" model that `train.py` has trained at one size, these models follow, at the
+depth that training has led to, with what they lose on held-out text; the untrained ones are then of their size. The
+ways take turns, so that a change of the machine's speed reaches all of them alike.
 """
 
+import json
 import statistics
 from pathlib import Path
 
@@ -15,10 +18,11 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.depthwise.texts import Way, Workload, build, random_variables, steered
+from benchmarks.depthwise.texts import Way, Workload, random_variables, steerable, steered
 from benchmarks.publish import publish
-from effjax import data
-from effjax.evaluation.run import restore
+from effjax import data, models
+from effjax.evaluation.run import Restored, restore
+from effjax.models import SequenceModel
 from effjax.serving import DepthwiseGeneration
 
 _D_MODEL = flags.DEFINE_integer("d_model", 512, "Width.")
@@ -31,7 +35,7 @@ _SHARING = flags.DEFINE_enum(
     "Whether a first and a last layer are left out of it.",
 )
 _MEAN_DEPTHS = flags.DEFINE_list(
-    "mean_depths", ["1.2", "1.5", "2", "3"], "Recursions that tokens take on average."
+    "mean_depths", ["1.2", "1.5", "2", "3"], "Recursions that tokens of untrained models take."
 )
 _NUM_TEXTS = flags.DEFINE_integer("num_texts", 64, "Texts in all.", lower_bound=1)
 _NUM_SLOTS = flags.DEFINE_integer("num_slots", 32, "Texts at a time.", lower_bound=1)
@@ -39,7 +43,7 @@ _PROMPT = flags.DEFINE_integer("prompt_length", 16, "Tokens of a prompt.", lower
 _TOKENS = flags.DEFINE_integer("num_tokens", 128, "New tokens of a text.", lower_bound=2)
 _ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns of each way.", lower_bound=1)
 _WORKDIRS = flags.DEFINE_list(
-    "workdirs", [], "Folders of a trained mor and a trained recursive model, instead of the sweep."
+    "workdirs", [], "Folders of a trained mor and a trained recursive model, whose size is taken."
 )
 _OUT = flags.DEFINE_string("out", "benchmarks/results/depthwise.json", "File of the measurements.")
 
@@ -51,25 +55,34 @@ def main(argv):
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     if len(_WORKDIRS.value) not in (0, 2):
         raise app.UsageError(f"--workdirs={_WORKDIRS.value}; valid: two folders, or none")
+    runs = [restore(None, workdir) for workdir in _WORKDIRS.value]
+    mor, recursive = (run.model for run in runs) if runs else models_of_flags()
     report = {
         "platform": jax.devices()[0].device_kind,
         "num_slots": _NUM_SLOTS.value,
         "num_texts": _NUM_TEXTS.value,
         "num_tokens": _TOKENS.value,
-        **(trained() if _WORKDIRS.value else swept()),
+        "size": {"d_model": mor.d_model, "num_layers": mor.num_layers},
+        **shape_of(mor),
+        "rows": swept(recursive, steerable(mor)) if _MEAN_DEPTHS.value else [],
+        "trained": trained(*runs) if runs else None,
     }
     publish(report, _OUT.value, draw, table)
 
 
-def swept() -> dict:
-    """Untrained models whose router is made to give each mean depth, with random prompts."""
+def models_of_flags() -> tuple[SequenceModel, SequenceModel]:
+    """The two models, with random parameters still to come."""
     size = {
         "d_model": _D_MODEL.value,
         "num_layers": _NUM_LAYERS.value,
         "mixers": ({"name": "attention", "num_heads": 8, "num_kv_heads": 4},),
     }
-    shared = (size, _NUM_RECURSIONS.value, _SHARING.value)
-    recursive, mor = (build(name, *shared) for name in ("recursive", "mor"))
+    depth = {"num_recursions": _NUM_RECURSIONS.value, "sharing": _SHARING.value}
+    return tuple(models.create(name, **size, depth=depth) for name in ("mor", "recursive"))
+
+
+def swept(recursive: SequenceModel, mor: SequenceModel) -> list[dict]:
+    """Untrained models whose router is made to give each mean depth, with random prompts."""
     rng = np.random.default_rng(0)
     shape = (_NUM_TEXTS.value, _PROMPT.value)
     work = Workload(list(rng.integers(mor.vocab_size, size=shape)), _TOKENS.value, _NUM_SLOTS.value)
@@ -80,12 +93,11 @@ def swept() -> dict:
     for depth in track(depths, description="mean depths", console=Console(stderr=True)):
         variables = steered(mor, beginning, depth)
         rows.append(measure(work, baseline, (mor, variables)))
-    return {"size": size, **shape_of(mor), "rows": rows}
+    return rows
 
 
-def trained() -> dict:
-    """Trained models, with the beginnings of held-out texts as prompts."""
-    mor, recursive = (restore(None, workdir) for workdir in _WORKDIRS.value)
+def trained(mor: Restored, recursive: Restored) -> dict:
+    """Trained models, with the beginnings of held-out texts as prompts, and their loss on such text."""
     prompts = []
     for batch in data.build(mor.config["data"], split="heldout"):
         prompts += list(batch["tokens"][:, : _PROMPT.value])
@@ -94,11 +106,16 @@ def trained() -> dict:
     work = Workload(prompts[: _NUM_TEXTS.value], _TOKENS.value, _NUM_SLOTS.value)
     sides = [(run.model, run.variables) for run in (recursive, mor)]
     compile_all(work, *sides)
-    size = {"d_model": mor.model.d_model, "num_layers": mor.model.num_layers}
-    return {"size": size, **shape_of(mor.model), "rows": [measure(work, *sides)]}
+    reports = [json.loads((Path(w) / "report.json").read_text("utf-8")) for w in _WORKDIRS.value]
+    losses = [report["heldout_bits_per_byte"] for report in reports]
+    return {
+        **measure(work, *sides),
+        "training_steps": mor.step,
+        "heldout_bits_per_byte": dict(zip(("mor", "recursive"), losses, strict=True)),
+    }
 
 
-def shape_of(model) -> dict:
+def shape_of(model: SequenceModel) -> dict:
     """Of how many layers a recursion is, and how many are around the recursions."""
     layout = model.depth.layout(model.stack())
     around = len(layout.first) + len(layout.last)
@@ -168,19 +185,27 @@ def table(report: dict) -> Table:
     """The measurements for the eye."""
     found = Table(title=f"Tokens a second (lowest to highest), on {report['platform']}")
     names = (RECURSIVE, PLAIN, DEPTHWISE)
-    columns = ("mean depth", *names, "gain", "by layers", "N / depth", "occupancy")
+    columns = ("router", "mean depth", *names, "gain", "by layers", "N / depth", "occupancy")
     for name in columns:
         found.add_column(name, justify="right")
-    for row in report["rows"]:
+    trained = report["trained"]
+    rows = [("steered", row) for row in report["rows"]]
+    for router, row in rows + ([("trained", trained)] if trained else []):
         speeds = row["tokens_per_second"]
         by_recursions, by_layers = ideal(report, row["mean_depth"])
         found.add_row(
+            router,
             f"{row['mean_depth']:.2f}",
             *(f"{median(row, n):.0f} ({min(speeds[n]):.0f}-{max(speeds[n]):.0f})" for n in names),
             f"{median(row, DEPTHWISE) / median(row, RECURSIVE):.2f}x",
             f"{by_layers:.2f}x",
             f"{by_recursions:.2f}x",
             f"{row['occupancy']:.0%}",
+        )
+    if trained:
+        losses = trained["heldout_bits_per_byte"].items()
+        found.caption = "held-out bits a byte of the trained: " + ", ".join(
+            f"{name} {loss:.3f}" for name, loss in losses
         )
     return found
 
@@ -192,8 +217,13 @@ def draw(report: dict, path: Path) -> None:
     rows = sorted(report["rows"], key=lambda row: row["mean_depth"])
     depths = [row["mean_depth"] for row in rows]
     for name in (RECURSIVE, PLAIN, DEPTHWISE):
-        ax.plot(depths, [median(row, name) for row in rows], marker="o", label=name)
-    base = statistics.median(median(row, RECURSIVE) for row in rows)
+        (line,) = ax.plot(depths, [median(row, name) for row in rows], marker="o", label=name)
+        if trained := report["trained"]:
+            at = (trained["mean_depth"], median(trained, name))
+            label = "trained" if name == DEPTHWISE else None
+            ax.plot(*at, "*", markersize=13, color=line.get_color(), label=label)
+    all_rows = rows + ([report["trained"]] if report["trained"] else [])
+    base = statistics.median(median(row, RECURSIVE) for row in all_rows)
     grid = np.linspace(min([1.0, *depths]), report["num_recursions"], 50)
     lines = np.array([ideal(report, depth) for depth in grid]) * base
     ax.plot(grid, lines[:, 1], ":", color="gray", label="ideal, all layers counted")

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effjax import models, serving
+from effjax import serving
+from effjax.depth import TokenChoice
 from effjax.models import SequenceModel
 from effjax.serving import Generation
 
@@ -73,12 +74,9 @@ class Way:
         return sum(int(np.sum(texts.lengths)) for texts in made) / seconds, made
 
 
-def build(name: str, size: dict[str, Any], num_recursions: int, sharing: str) -> SequenceModel:
-    """A "recursive" model or a "mor" by token choice of that size, parameters shared by one of the strategies."""
-    depth = {"num_recursions": num_recursions, "sharing": sharing}
-    if name == "mor":
-        depth["routing"] = {"name": "token_choice", "balancing": "loss_free"}
-    return models.create(name, **size, depth=depth)
+def steerable(mor: SequenceModel) -> SequenceModel:
+    """The model with the routing that `steered` knows: token choice with a bias on the scores."""
+    return mor.clone(depth=mor.depth.clone(routing=TokenChoice(balancing="loss_free")))
 
 
 def random_variables(model: SequenceModel, seed: int = 0) -> Any:
