@@ -106,8 +106,8 @@ def trained(mor: Restored, recursive: Restored) -> dict:
     work = Workload(prompts[: _NUM_TEXTS.value], _TOKENS.value, _NUM_SLOTS.value)
     sides = [(run.model, run.variables) for run in (recursive, mor)]
     compile_all(work, *sides)
-    reports = [json.loads((Path(w) / "report.json").read_text("utf-8")) for w in _WORKDIRS.value]
-    losses = [report["heldout_bits_per_byte"] for report in reports]
+    summaries = [Path(workdir) / "summary.json" for workdir in _WORKDIRS.value]
+    losses = [json.loads(s.read_text("utf-8"))["heldout_bits_per_byte"] for s in summaries]
     return {
         **measure(work, *sides),
         "training_steps": mor.step,
