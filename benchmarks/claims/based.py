@@ -59,9 +59,9 @@ def measure(bench: Bench) -> Report:
     return {
         "setting": f"Recall: {NUM_PAIRS} pairs in rows of {RECALL_SEQ_LEN} of {VOCAB_SIZE} tokens, {RECALL_STEPS} "
         f"steps of {RECALL_BATCH_SIZE} rows; three layers of width {RECALL_D_MODEL} without feed-forwards: a short "
-        f"convolution, a window of {NEAR} tokens, and the mixer that the table names. Text: bytes of {bench.text}, {NUM_STEPS} "
-        f"steps of {BATCH_SIZE} rows of {SEQ_LEN} bytes, width {D_MODEL}, {LAYERS['based']} layers of BASED "
-        "(convolution, linear attention, window, convolution, convolution) beside "
+        f"convolution, a window of {NEAR} tokens, and the mixer that the table names. Text: bytes of {bench.text}, "
+        f"{NUM_STEPS} steps of {BATCH_SIZE} rows of {SEQ_LEN} bytes, width {D_MODEL}, {LAYERS['based']} layers of "
+        "BASED (convolution, linear attention, window, convolution, convolution) beside "
         f"{LAYERS['transformer']} of the transformer.",
         "recall": recall,
         "text": bench.compare(f"{NAME}-text", on_text, lambda x: x.of_language_model()),
