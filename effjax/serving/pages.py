@@ -125,5 +125,5 @@ def _is_cache(part: Any) -> bool:
 
 
 def _is_whole(part: Any, max_length: int) -> bool:
-    """Whether it is a cache that keeps every token."""
-    return _is_cache(part) and part.num_slots == max_length
+    """Whether it is a cache that keeps every token; with a leading axis if its layers are scanned."""
+    return _is_cache(part) and part.k.shape[-3] == max_length
