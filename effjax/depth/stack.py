@@ -13,14 +13,32 @@ from effjax.depth.block import Block
 from effjax.nn import scalars
 from pallas_kernels import residuals
 
+_TO_HOST = ("device", "pinned_host")
+_offload_products = jax.checkpoint_policies.offload_dot_with_no_batch_dims(*_TO_HOST)
+_offload_residuals = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[residuals.NAME],
+    offload_src=_TO_HOST[0],
+    offload_dst=_TO_HOST[1],
+)
+
+
+def _offload(primitive, *operands, **parameters):
+    is_product = primitive is jax.lax.dot_general_p
+    choose = _offload_products if is_product else _offload_residuals
+    return choose(primitive, *operands, **parameters)
+
+
 REMAT_POLICIES = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    # Products with weights, and the results of attention and scans, are kept.
+    # Products with weights, and the results of attention and scans, are kept: in the device's memory,
     "dots": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(residuals.NAME),
     ),
+    # or in its host's, until the backward pass asks for them.
+    "offload": _offload,
 }
 
 

@@ -43,12 +43,14 @@ class Memory:
       outputs: results.
       temporary: everything between, once buffers are reused.
       peak: all of these, outputs that take the place of arguments counted once.
+      host: what is in the memory of its host instead, and counted in none of these.
     """
 
     arguments: int
     outputs: int
     temporary: int
     peak: int
+    host: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +105,13 @@ def measure_memory(compiled: Any) -> Memory | None:
     arguments, outputs = analysis.argument_size_in_bytes, analysis.output_size_in_bytes
     # `peak_memory_in_bytes` of the analysis leaves the temporary part out on some backends.
     peak = arguments + outputs + analysis.temp_size_in_bytes - analysis.alias_size_in_bytes
-    return Memory(arguments, outputs, analysis.temp_size_in_bytes, peak)
+    host = (
+        analysis.host_argument_size_in_bytes
+        + analysis.host_output_size_in_bytes
+        + analysis.host_temp_size_in_bytes
+        - analysis.host_alias_size_in_bytes
+    )
+    return Memory(arguments, outputs, analysis.temp_size_in_bytes, peak, host)
 
 
 def measure_latency(

@@ -35,6 +35,7 @@ def default(model: str, **overrides: Any) -> ml_collections.ConfigDict:
         "num_steps": 150,
         "accumulation_steps": 1,
         "ema_decay": config_dict.placeholder(float),
+        "offload_optimizer": False,  # keep the optimizer's state in the hosts' memory between its updates
         # What to do about a step whose loss, gradient or update is not finite: stop, or skip up to so many in a row.
         "nonfinite": "stop",
         "max_skipped": 10,

@@ -305,7 +305,8 @@ class Run:
 
     def _restore_or_initialise(self) -> None:
         init = initialiser(self.model, self._optimizer, self.config)
-        abstract = sharding.abstract_state(init, self.mesh)
+        offload = self.config["training"]["offload_optimizer"]
+        abstract = sharding.abstract_state(init, self.mesh, offload)
         restored = self._checkpoints.restore(abstract, self._iterator)
         if restored is None:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)

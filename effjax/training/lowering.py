@@ -79,7 +79,9 @@ def trace_config(config: Mapping[str, Any], mesh: Mesh) -> jax.stages.Traced:
     optimizer, _ = optim.build(config["optimizer"], training["num_steps"])
     objective = registry.build("objective", config["objective"])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
-        state = sharding.abstract_state(initialiser(model, optimizer, config), mesh)
+        state = sharding.abstract_state(
+            initialiser(model, optimizer, config), mesh, training["offload_optimizer"]
+        )
         batch = abstract_batch(config, mesh)
         return trace(model.at_step(0), objective, optimizer, training, state, batch, mesh)
 

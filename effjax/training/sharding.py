@@ -16,6 +16,8 @@ from effjax import pytree
 
 logger = logging.getLogger(__name__)
 
+# The memory of a host that its devices can copy to and from at full speed.
+HOST_MEMORY = "pinned_host"
 MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
 
 # Logical axes of the trailing dimensions of each parameter; leading ones (scanned layers) are not split.
@@ -102,14 +104,27 @@ def state_shardings(shapes: Any, mesh: Mesh) -> Any:
     )
 
 
-def abstract_state(init: Callable[[], Any], mesh: Mesh) -> Any:
-    """The types of what `init` returns, each with the sharding that `state_shardings` gives it; nothing is run."""
+def abstract_state(init: Callable[[], Any], mesh: Mesh, offload_optimizer: bool = False) -> Any:
+    """The types of what `init` returns, each with the sharding that `state_shardings` gives it; nothing is run.
+
+    Args:
+      init: makes a train state, or any tree with parameter paths in it.
+      mesh: where that lives.
+      offload_optimizer: the arrays of a train state's `opt_state` live in the memory of the hosts.
+    """
     shapes = jax.eval_shape(init)
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        shapes,
-        state_shardings(shapes, mesh),
-    )
+    state = jax.tree.map(_typed, shapes, state_shardings(shapes, mesh))
+    if not offload_optimizer:
+        return state
+    return state.replace(opt_state=jax.tree.map(_on_host, state.opt_state))
+
+
+def _typed(shape: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+
+def _on_host(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return _typed(x, x.sharding.with_memory_kind(HOST_MEMORY)) if x.ndim else x
 
 
 def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:

@@ -43,6 +43,7 @@ def make_train_step(
         return objective(model, {"params": params}, batch, rng)
 
     def step(state: TrainState, batch: dict[str, Any]) -> tuple[TrainState, Metrics]:
+        given, state = state, jax.device_put(state, jax.memory.Space.Device)
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         if accumulation_steps == 1:
             (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -63,9 +64,16 @@ def make_train_step(
             is_finite = jnp.all(jnp.isfinite(norms))
             updated = jax.tree.map(functools.partial(jnp.where, is_finite), updated, state)
             metrics["skipped"] = 1 - is_finite.astype(jnp.float32)
-        return updated.replace(step=state.step + 1), metrics
+        return _like(given, updated.replace(step=state.step + 1)), metrics
 
     return step
+
+
+def _like(given: TrainState, updated: TrainState) -> TrainState:
+    """The updated state in the memories, of devices or of hosts, that the given one is in."""
+    return jax.tree.map(
+        lambda x, now: jax.device_put(now, jax.typeof(x).memory_space), given, updated
+    )
 
 
 def _accumulate(loss_fn, params, batch, rng, count):

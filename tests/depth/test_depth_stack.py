@@ -50,7 +50,11 @@ def test_scanned_layers_equal_unrolled_ones(policy, num_layers, rng):
 
 
 @pytest.mark.parametrize(
-    ("remat", "scan_layers"), [("full", True), pytest.param("dots", False, marks=pytest.mark.slow)]
+    ("remat", "scan_layers"),
+    [
+        ("offload", True),
+        *(pytest.param(*p, marks=pytest.mark.slow) for p in (("full", True), ("dots", False))),
+    ],
 )
 def test_rematerialisation_keeps_gradients(remat, scan_layers, rng):
     inputs = packed(rng)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny_run
@@ -48,6 +49,20 @@ def test_a_crashed_run_ends_as_if_nothing_had_been(tmp_path, config, whole, cras
     with pytest.raises(Crash):
         train(config, tmp_path, quiet(CrashingScreen, config, crash_at))
     assert_same_end(train(config, tmp_path), whole)
+
+
+def test_the_optimizer_may_live_in_the_memory_of_the_host(tmp_path, text, whole):
+    config = make_config(text, ema_decay=0.9, offload_optimizer=True)
+    with pytest.raises(Crash):
+        train(config, tmp_path, quiet(CrashingScreen, config, 6))
+    run = train(config, tmp_path)
+    assert_same_end(run, whole)
+    assert kinds(run.state.opt_state) == {"pinned_host"}
+    assert kinds(run.state.params) == kinds(run.state.ema) == {"device"}
+
+
+def kinds(tree):
+    return {x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.ndim}
 
 
 def test_a_crashed_run_goes_on_with_the_very_next_batch(tmp_path, config, monkeypatch):

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from effjax.evaluation.cost import measure_memory
+from effjax.training import sharding
 
 # What the TPU compiler says of a program that does not fit: of all that it needs, or of the temporaries alone.
 _ALL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
@@ -29,6 +30,7 @@ class Memory:
       temporaries: activations, gradients and all else between, and results that take no argument's place.
       total: all of them.
       capacity: what the chip has; None where it is not known.
+      host: the chip's share of what is kept in the memory of its host instead, and counted in none of these.
     """
 
     parameters: int
@@ -37,6 +39,7 @@ class Memory:
     temporaries: int
     total: int
     capacity: float | None
+    host: int = 0
 
     @property
     def fits(self) -> bool:
@@ -45,10 +48,11 @@ class Memory:
 
 
 def share(tree: Any) -> int:
-    """Bytes that one device holds of arrays, or of their types, with shardings."""
+    """Bytes that one device holds of arrays, or of their types, with shardings; those on its host do not count."""
     return sum(
         int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
+        if x.sharding.memory_kind != sharding.HOST_MEMORY
     )
 
 
@@ -64,7 +68,8 @@ def of_program(compiled: Any, params: Any, opt_state: Any, capacity: float | Non
     found = measure_memory(compiled)
     parameters, optimizer = share(params), share(opt_state)
     other = found.arguments - parameters - optimizer
-    return Memory(parameters, optimizer, other, found.peak - found.arguments, found.peak, capacity)
+    temporaries = found.peak - found.arguments
+    return Memory(parameters, optimizer, other, temporaries, found.peak, capacity, host=found.host)
 
 
 def of_failure(error: Exception, params: Any, opt_state: Any) -> Memory | None:

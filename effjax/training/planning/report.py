@@ -106,6 +106,8 @@ def _facts(plan: Plan) -> Table:
     capacity = plan.memory.capacity
     of = f"of {capacity / _GIB:.2f} a chip" if capacity else "a chip"
     grid.add_row("memory", f"{plan.memory.total / _GIB:.3f} GiB", of)
+    if plan.memory.host:
+        grid.add_row("memory of the host", f"{plan.memory.host / _GIB:.3f} GiB", "a chip")
     grid.add_section()
     grid.add_row("model FLOPs", f"{plan.model_flops:.4g}", "a step, all chips, nothing repeated")
     if plan.work is not None:

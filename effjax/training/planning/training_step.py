@@ -57,6 +57,7 @@ def plan(config: Mapping[str, Any], topology: str, schedules: Path | None = None
             "seq_len": data["seq_len"],
             "accumulation_steps": training["accumulation_steps"],
             "remat": config["model"]["remat"],
+            "offload_optimizer": training["offload_optimizer"],
         },
         flops=model_flops.TRAINING
         * model_flops.forward_flops_per_token(config, batch)
@@ -80,4 +81,5 @@ def _abstract_state(config: Mapping[str, Any], mesh: Mesh) -> Any:
     model = models.create(**config["model"])
     optimizer, _ = optim.build(config["optimizer"], config["training"]["num_steps"])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
-        return sharding.abstract_state(initialiser(model, optimizer, config), mesh)
+        init, training = initialiser(model, optimizer, config), config["training"]
+        return sharding.abstract_state(init, mesh, training["offload_optimizer"])
