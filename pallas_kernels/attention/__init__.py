@@ -10,6 +10,7 @@ from pallas_kernels.attention import reference, ring, tpu, xla
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.checks import check_positive_int
 from pallas_kernels.dispatch import call, kernels_or_xla
+from pallas_kernels.residuals import keep
 
 IMPLEMENTATIONS = kernels_or_xla(
     tpu, xla, reference, "attention", gpu=f"{__name__}.gpu", triton=f"{__name__}.triton"
@@ -68,6 +69,7 @@ def attention(
     """
     _check_arrays(q, k, v)
     _check_options(causal, window, logits_soft_cap)
+    q, k, v = keep(q, k, v)  # or rotary embeddings and norms would be computed again for the backward pass
     segments = _pair("segment_ids", segment_ids, q, k) or (None, None)
     positions = _pair("positions", positions, q, k) or (None, None)
     queries, keys = map(Tokens, positions, segments)
