@@ -1,0 +1,1 @@
+"""What the shipped recipes come to on machines of hundreds of chips, by `train.py --plan.topology`."""

@@ -1,0 +1,45 @@
+"""Which recipe is planned for which machine, and what is aimed at."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A plan.
+
+    Attributes:
+      recipe: file in `configs/`, and its size: "mor:1.7b".
+      topology: the machine.
+      flags: of `train.py`, beside those.
+      target: share of the chips' peak that is aimed at; None where memory is of interest.
+    """
+
+    recipe: str
+    topology: str
+    flags: tuple[str, ...] = ()
+    target: float | None = None
+
+    @property
+    def name(self) -> str:
+        """As `--only` takes it."""
+        return f"{self.recipe}@{self.topology}"
+
+
+# A row a chip, on any number of chips.
+_ONE_ROW = {"v5p:4x4x4": 64, "v5p:8x8x8": 512, "v5p:16x16x16": 4096}
+
+# A matrix of 2048 rows is split in 64 and no more: of so narrow a share as 8 rows gradients would be summed whole.
+_OVER_64 = ("--config.mesh.data=-1", "--config.mesh.fsdp=64")
+
+UTILIZATION = (
+    Case("transformer:1.7b", "v5e:16x16", _OVER_64, 0.5),
+    Case("mor:1.7b", "v5e:16x16", _OVER_64, 0.5),
+    Case("transformer:1.7b", "v5p:8x8x8", _OVER_64, 0.5),
+    Case("mor:1.7b", "v5p:8x8x8", _OVER_64, 0.5),
+    Case("adamoe:mixtral-8x7b", "v5p:8x8x8", target=0.4),
+)
+MEMORY = tuple(
+    Case("transformer:135m", topology, (f"--config.data.batch_size={chips}",))
+    for topology, chips in _ONE_ROW.items()
+)
+CASES = {case.name: case for case in (*UTILIZATION, *MEMORY)}

@@ -1,0 +1,87 @@
+"""`docs/PLANS.md`, and the curve beside it: all plans that are known."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.plans.cases import MEMORY, UTILIZATION, Case
+
+_GIB = 2**30
+_INTRODUCTION = """\
+# Plans: the shipped recipes on machines that are not here
+
+Made by `python -m benchmarks.plans`, from what `train.py --plan.topology=...` says of each: the real training step,
+compiled for those chips by their own compiler on a CPU host. Times are what the compiler estimates for what it makes,
+the schedules of the Pallas kernels, and what the links need for what is exchanged, played through in the order of the
+program. **None of it has been compared with a run on such chips.** Utilisation is of model FLOPs: what is recomputed
+does not count.
+"""
+_UTILIZATION = """\
+| recipe | machine | mesh | rows a step | GiB a chip | ms a step | tokens/s | utilisation | aim | most goes to |
+|---|---|---|--:|--:|--:|--:|--:|--:|---|
+"""
+_MEMORY = """
+## Memory of a chip, with one row on each
+
+| recipe | machine | chips | GiB a chip | of it state | jax |
+|---|---|--:|--:|--:|---|
+"""
+
+
+def document(plans: Mapping[str, Mapping[str, Any]]) -> str:
+    """The page.
+
+    Args:
+      plans: `Plan.to_json` and `jax`, the version, by the name of the case; others are left out.
+    """
+    pace = "".join(_pace(case, plans[case.name]) for case in UTILIZATION if case.name in plans)
+    memory = "".join(_memory(case, plans[case.name]) for case in MEMORY if case.name in plans)
+    return f"{_INTRODUCTION}\n{_UTILIZATION}{pace}{_MEMORY}{memory}\n![curve](results/plans.png)\n"
+
+
+def draw(plans: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """What a chip holds over the number of chips, part by part."""
+    import matplotlib.pyplot as plt
+
+    known = [plans[case.name] for case in MEMORY if case.name in plans]
+    parts = ("parameters", "optimizer", "other", "temporaries")
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    axes.stackplot(
+        [plan["num_chips"] for plan in known],
+        *([plan["memory"][part] / _GIB for plan in known] for part in parts),
+        labels=parts,
+    )
+    axes.set(xlabel="chips, a row on each", ylabel="GiB a chip", xscale="log")
+    axes.set_xticks([plan["num_chips"] for plan in known])
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.minorticks_off()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _pace(case: Case, plan: Mapping[str, Any]) -> str:
+    mesh = ", ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+    pace = plan["pace"]
+    cells = (
+        case.recipe,
+        case.topology,
+        mesh,
+        plan["settings"]["batch_size"],
+        f"{plan['memory']['total'] / _GIB:.1f}",
+        f"{1000 * pace['seconds']:.1f}" if pace else "does not fit",
+        f"{pace['tokens_per_second']:,.0f}" if pace else "",
+        f"{100 * pace['utilization']:.1f} %" if pace else "",
+        f"{100 * case.target:.0f} %",
+        plan["bound"] or "",
+    )
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def _memory(case: Case, plan: Mapping[str, Any]) -> str:
+    memory = plan["memory"]
+    state = memory["parameters"] + memory["optimizer"]
+    gib = (f"{x / _GIB:.3f}" for x in (memory["total"], state))
+    return f"| {' | '.join((case.recipe, case.topology, str(plan['num_chips']), *gib, plan['jax']))} |\n"
