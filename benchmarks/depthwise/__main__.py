@@ -174,6 +174,13 @@ def median(row: dict, name: str) -> float:
     return statistics.median(row["tokens_per_second"][name])
 
 
+def gain(row: dict) -> float:
+    """How many times the tokens a second of the recursive model, the median of the rounds."""
+    speeds = row["tokens_per_second"]
+    pairs = zip(speeds[DEPTHWISE], speeds[RECURSIVE], strict=True)
+    return statistics.median(ours / theirs for ours, theirs in pairs)
+
+
 def ideal(report: dict, depth: float) -> tuple[float, float]:
     """Most that can be gained at a mean depth: by recursions alone, and with the layers around them."""
     full, around = report["num_recursions"], report["layers_around"]
@@ -197,7 +204,7 @@ def table(report: dict) -> Table:
             router,
             f"{row['mean_depth']:.2f}",
             *(f"{median(row, n):.0f} ({min(speeds[n]):.0f}-{max(speeds[n]):.0f})" for n in names),
-            f"{median(row, DEPTHWISE) / median(row, RECURSIVE):.2f}x",
+            f"{gain(row):.2f}x",
             f"{by_layers:.2f}x",
             f"{by_recursions:.2f}x",
             f"{row['occupancy']:.0%}",
