@@ -1,7 +1,8 @@
 """Three processes in turns: this library, PyTorch 2.13 eager, and PyTorch under `torch.compile`, on all cores.
 
 They train the same model from the same numbers on the same batches, which the losses of their first steps show; then
-each does a few steps in turn, many times over. Compiling is not in the measured time. PyTorch has wheels for Python
+each does a few steps in turn, many times over. Compiling is not in the measured time. All of them, PyTorch too, have
+their memory in huge pages where the kernel leaves that to programs, as `train.py` has. PyTorch has wheels for Python
 3.11 here, so that its sides run in an environment of their own that `uv` makes.
 """
 
@@ -18,6 +19,7 @@ from rich.table import Table
 from benchmarks import turns
 from benchmarks.publish import publish
 from benchmarks.training import task
+from effjax import huge_pages
 
 _TORCH = flags.DEFINE_string(
     "torch",
@@ -102,4 +104,5 @@ def draw(report: dict, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    huge_pages.restart()
     app.run(main)
