@@ -45,8 +45,8 @@ def measure(bench: Bench) -> Report:
     return {
         "setting": f"{NUM_LAYERS} layers of width {D_MODEL} with {NUM_EXPERTS} experts of hidden width {HIDDEN_DIM}, "
         f"over bytes of {bench.text}; {NUM_STEPS} steps of {BATCH_SIZE} rows of {SEQ_LEN} bytes, all from scratch, "
-        f"AdamW at {LEARNING_RATE} with all else as in the shipped recipe. Of AdaMoE's settings, that which was best "
-        "with the first seed has the others too.",
+        f"AdamW at {LEARNING_RATE} with all else as in the shipped recipe. Of AdaMoE's settings with fewer experts a "
+        "token than top-2, that which was best with the first seed has the others too.",
         "runs": bench.compare(NAME, named, _measured, tried),
     }
 
