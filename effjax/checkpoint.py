@@ -58,6 +58,7 @@ _FREE_FIELDS = (
     "training.max_skipped",
     "training.nonfinite",
     "training.num_steps",
+    "training.offload_optimizer",
     "data.prefetch",
     "data.retries",
     "data.retry_seconds",
@@ -269,7 +270,7 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
     """Checks that a workdir is free, or that its run is the one that `config` describes.
 
     Model, data, objective, optimizer, seed, accumulation and averaging must be equal; lengths, intervals, mesh and
-    evaluation may change from one start to the next.
+    evaluation may change from one start to the next. A field that one of them lacks is off in it: None, False or 0.
 
     Raises:
       CheckpointError: naming every field that differs, with both values.
@@ -282,12 +283,11 @@ def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
             )
         return
     old, new = dict(_flat(_plain(load_config(workdir)))), dict(_flat(_plain(config)))
-    absent = object()
     changed = [
         f"{field} (there: {json.dumps(old[field]) if field in old else 'absent'}, "
         f"now: {json.dumps(new[field]) if field in new else 'absent'})"
         for field in sorted(old.keys() | new.keys())
-        if old.get(field, absent) != new.get(field, absent) and not _is_free(field)
+        if (old.get(field) or None) != (new.get(field) or None) and not _is_free(field)
     ]
     if changed:
         raise CheckpointError(

@@ -330,6 +330,16 @@ def test_a_run_may_change_its_length_intervals_and_mesh(tmp_path):
     checkpoint.check_same_run(tmp_path, config)
 
 
+def test_a_field_that_was_not_there_when_the_run_began_was_off_then(tmp_path):
+    config = make_config()
+    checkpoint.save_config(tmp_path, config)
+    config.model.added = False
+    checkpoint.check_same_run(tmp_path, config)
+    config.model.added = True
+    with pytest.raises(CheckpointError, match=r"model.added \(there: absent, now: true\)"):
+        checkpoint.check_same_run(tmp_path, config)
+
+
 def test_another_config_is_refused_by_every_field_that_differs(tmp_path):
     config = make_config()
     checkpoint.save_config(tmp_path, config)
