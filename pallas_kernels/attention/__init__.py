@@ -69,7 +69,8 @@ def attention(
     """
     _check_arrays(q, k, v)
     _check_options(causal, window, logits_soft_cap)
-    q, k, v = keep(q, k, v)  # or rotary embeddings and norms would be computed again for the backward pass
+    # Or rotary embeddings and norms would be computed again for the backward pass.
+    q, k, v = keep(q, k, v)
     segments = _pair("segment_ids", segment_ids, q, k) or (None, None)
     positions = _pair("positions", positions, q, k) or (None, None)
     queries, keys = map(Tokens, positions, segments)
