@@ -190,6 +190,19 @@ class SequenceModel(nn.Module):
             **head,
         )
 
+    @nn.compact
+    def cross_entropy(
+        self, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        """Cross-entropy of the head's logits for `targets`, in nats, and their log-sum-exp.
+
+        Args:
+          hidden: of an `Output`; its logits are not computed where, in a compiled program, nothing is made of them.
+          targets: token ids.
+        """
+        table = self.embed.table(sizes=self.sizes)
+        return self.head.cross_entropy(hidden, embedding=table, targets=targets)
+
     def init_pool(self, batch_size: int, max_length: int) -> DecodeState:
         """The state for `enter`, `recurse` and `leave`, which take each row at a depth of its own.
 

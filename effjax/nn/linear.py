@@ -29,12 +29,16 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        y = product(x, kernel.astype(x.dtype))
+        y = product(x, self.matrix(x.shape[-1]).astype(x.dtype))
         if self.use_bias:
             bias = self.param("bias", nn.initializers.zeros_init(), (self.features,), jnp.float32)
             y = y + bias.astype(x.dtype)
         return y
+
+    @nn.compact
+    def matrix(self, in_features: int) -> Float[Array, "in out"]:
+        """W alone, for what is more than a product."""
+        return self.param("kernel", self.kernel_init, (in_features, self.features), jnp.float32)
 
 
 def product(x: Float[Array, "... in"], matrix: Float[Array, "in out"]) -> Float[Array, "... out"]:

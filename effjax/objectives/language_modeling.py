@@ -36,11 +36,15 @@ def next_token(
     )
     mask = batch["loss_mask"]
     weight = jnp.sum(mask)
-    nats = optax.softmax_cross_entropy_with_integer_labels(out.logits, batch["targets"])
+    targets = batch["targets"]
+    if getattr(model.head, "chunk_size", None) is None:
+        nats = optax.softmax_cross_entropy_with_integer_labels(out.logits, targets)
+        log_z = jax.nn.logsumexp(out.logits, axis=-1)
+    else:
+        nats, log_z = model.apply(variables, out.hidden, targets, method="cross_entropy")
     cross_entropy = jnp.sum(nats * mask) / jnp.maximum(weight, 1.0)
     loss = cross_entropy + sum(out.aux.values())
     if z_loss:
-        squared = jnp.square(jax.nn.logsumexp(out.logits, axis=-1))
-        loss = loss + z_loss * jnp.sum(squared * mask) / jnp.maximum(weight, 1.0)
+        loss = loss + z_loss * jnp.sum(jnp.square(log_z) * mask) / jnp.maximum(weight, 1.0)
     metrics = {"cross_entropy": cross_entropy, "weight": weight, **out.aux, **out.metrics}
     return loss, {name: value for name, value in metrics.items() if jnp.ndim(value) == 0}

@@ -19,6 +19,7 @@ from short_runs import (
 )
 
 from effjax import pytree
+from effjax.heads import Tied
 from effjax.training import sharding
 from effjax.training.state import initialise
 
@@ -66,6 +67,14 @@ def test_losses_agree_with_one_device(name, mesh, seed):
     expected = losses_on_one_device(name, seed)
     assert np.ptp(expected) > 1e-4  # it does train
     np.testing.assert_allclose(losses(small(name), name, MESHES[mesh], seed), expected, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["all", "context"])
+def test_chunks_of_a_split_vocabulary_give_the_same_losses(mesh, seed):
+    model = small("transformer").clone(head=Tied(chunk_size=12))
+    want = losses_on_one_device("transformer", seed)
+    np.testing.assert_allclose(losses(model, "transformer", MESHES[mesh], seed), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["mor", pytest.param("adamoe", marks=pytest.mark.slow)])
