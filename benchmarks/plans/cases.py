@@ -39,7 +39,7 @@ UTILIZATION = (
     Case("adamoe:mixtral-8x7b", "v5p:8x8x8", target=0.4),
 )
 MEMORY = tuple(
-    Case("transformer:135m", topology, (f"--config.data.batch_size={chips}",))
+    Case("transformer:135m", topology, (*_OVER_64, f"--config.data.batch_size={chips}"))
     for topology, chips in _ONE_ROW.items()
 )
 CASES = {case.name: case for case in (*UTILIZATION, *MEMORY)}
