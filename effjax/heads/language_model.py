@@ -11,13 +11,7 @@ from effjax.registry import register
 
 
 class _Scores(nn.Module):
-    """What the heads share that multiply by a matrix [D, V], their `_matrix`.
-
-    Attributes:
-      soft_cap: if given, logits become cap * tanh(logits / cap).
-      chunk_size: words of the vocabulary whose logits are in memory at once in training (`cross_entropy`), which then
-        takes a fourth product beside three; None: the logits of all.
-    """
+    """What the heads share that multiply by a matrix [D, V], their `_matrix`."""
 
     soft_cap: float | None = None
     chunk_size: int | None = None
@@ -48,7 +42,13 @@ class _Scores(nn.Module):
 
 @register("head", "tied")
 class Tied(_Scores):
-    """Logits by the embedding table itself (Press and Wolf, 2017, arXiv 1608.05859); for the fields see its base."""
+    """Logits by the embedding table itself (Press and Wolf, 2017, arXiv 1608.05859).
+
+    Attributes:
+      soft_cap: if given, logits become cap * tanh(logits / cap).
+      chunk_size: words of the vocabulary whose logits are in memory at once in training (`cross_entropy`), which then
+        takes a fourth product beside three; None: all words. Not with a soft cap.
+    """
 
     def __call__(
         self,
@@ -66,7 +66,13 @@ class Tied(_Scores):
 
 @register("head", "untied")
 class Untied(_Scores):
-    """Logits by a matrix of their own; for the fields see its base."""
+    """Logits by a matrix of their own.
+
+    Attributes:
+      soft_cap: if given, logits become cap * tanh(logits / cap).
+      chunk_size: words of the vocabulary whose logits are in memory at once in training (`cross_entropy`), which then
+        takes a fourth product beside three; None: all words. Not with a soft cap.
+    """
 
     @nn.compact
     def __call__(
