@@ -26,5 +26,6 @@ def dots(ax: Axes, points: Mapping[str, Sequence[Point]], xlabel: str, ylabel: s
     for name, pairs in points.items():
         ax.scatter(*zip(*pairs, strict=True), label=name, s=22)
     ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.locator_params(axis="x", nbins=5)
     ax.grid(alpha=0.3)
     ax.legend(fontsize=7)

@@ -17,8 +17,8 @@ program. **None of it has been compared with a run on such chips.** Utilisation 
 does not count.
 """
 _UTILIZATION = """\
-| recipe | machine | mesh | rows a step | GiB a chip | ms a step | tokens/s | utilisation | aim | most goes to |
-|---|---|---|--:|--:|--:|--:|--:|--:|---|
+| recipe | machine | mesh | remat | rows a step | GiB a chip | ms a step | tokens/s | utilisation | aim | most goes to |
+|---|---|---|---|--:|--:|--:|--:|--:|--:|---|
 """
 _MEMORY = """
 ## Memory of a chip, with one row on each
@@ -69,6 +69,7 @@ def _pace(case: Case, plan: Mapping[str, Any]) -> str:
         case.recipe,
         case.topology,
         mesh,
+        plan["settings"]["remat"] or "none",
         plan["settings"]["batch_size"],
         f"{plan['memory']['total'] / _GIB:.1f}",
         f"{1000 * pace['seconds']:.1f}" if pace else "does not fit",

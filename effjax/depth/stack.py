@@ -55,13 +55,14 @@ class Stack(nn.Module):
 
     Attributes:
       blocks: the layers, in order.
-      remat: which activations the backward pass recomputes, one of `REMAT_POLICIES`.
+      remat: which activations the backward pass recomputes, one of `REMAT_POLICIES`; None, as
+        flags write `none`, is "none".
       scan_layers: compile one repeat of the layer pattern and scan over the repeats, with parameters stacked on
         a leading axis. Compile time no longer grows with depth.
     """
 
     blocks: tuple[Block, ...]
-    remat: str = "none"
+    remat: str | None = "none"
     scan_layers: bool = False
 
     def __len__(self) -> int:
@@ -101,7 +102,7 @@ class Stack(nn.Module):
         train: bool = False,
     ):
         """Returns (x [B, T, D], the new states, laid out as by `init_state`, aux)."""
-        if self.remat not in REMAT_POLICIES:
+        if self.remat is not None and self.remat not in REMAT_POLICIES:
             raise ValueError(registry.unknown("remat", self.remat, REMAT_POLICIES))
         if self.scan_layers:
             return self._scan(x, positions, segment_ids, states, train)
@@ -114,7 +115,7 @@ class Stack(nn.Module):
         return x, new_states, scalars.combine(aux)
 
     def _remat(self, function):
-        if self.remat == "none":
+        if self.remat in (None, "none"):
             return function
         return nn.remat(function, policy=REMAT_POLICIES[self.remat], static_argnums=(5,))
 
@@ -142,7 +143,7 @@ class _Group(nn.Module):
     """One repeat of the layer pattern, the body of a scan; its states carry a leading scan axis."""
 
     blocks: tuple[Block, ...]
-    remat: str
+    remat: str | None
 
     @nn.compact
     def __call__(self, x, positions, segment_ids, states, train):

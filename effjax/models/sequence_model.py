@@ -90,7 +90,7 @@ class SequenceModel(nn.Module):
     embed: nn.Module = TokenEmbedding()
     max_seq_len: int = 2048
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str | None = "none"
     scan_layers: bool = False
 
     @property

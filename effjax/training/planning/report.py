@@ -74,7 +74,11 @@ def ranking(plans: Sequence[Mapping[str, Any]]) -> Table:
     for row in plans:
         settings, pace = row["settings"], row.get("pace")
         axes = [f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1]
-        cells = [", ".join(axes) or "1", str(settings["accumulation_steps"]), settings["remat"]]
+        cells = [
+            ", ".join(axes) or "1",
+            str(settings["accumulation_steps"]),
+            str(settings["remat"]),
+        ]
         cells.append(f"{row['memory']['total'] / _GIB:.1f}")
         if pace is None:
             cells += ["-", "-", "-", "does not fit"]
