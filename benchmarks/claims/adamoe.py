@@ -11,8 +11,7 @@ from benchmarks.claims import plot
 from benchmarks.claims.bench import Bench, Trained
 from benchmarks.claims.claim import Claim, Report, Table, Verdict
 from benchmarks.claims.spread import (
-    cell,
-    differences,
+    bits_against,
     is_level,
     is_lower,
     mean,
@@ -80,18 +79,14 @@ def verdicts(report: Report) -> list[Verdict]:
         Verdict(
             "held-out loss at most 1 % above that of top-2, with fewer FLOPs of experts",
             is_level(runs, ADAMOE, TOP_2, LOSS) and saved > 0,
-            f"{saved:.1%} of the experts' FLOPs saved; {_by(runs, TOP_2)}",
+            f"{saved:.1%} of the experts' FLOPs saved; {bits_against(runs, ADAMOE, TOP_2, LOSS)}",
         ),
         Verdict(
             "held-out loss below that of one expert for every token, with every seed",
             is_lower(runs, ADAMOE, TOP_1, LOSS),
-            _by(runs, TOP_1),
+            bits_against(runs, ADAMOE, TOP_1, LOSS),
         ),
     ]
-
-
-def _by(runs, name):
-    return f"{cell(differences(runs, ADAMOE, name, LOSS), '+.3f')} bits per byte against {name}"
 
 
 def tables(report: Report) -> list[Table]:

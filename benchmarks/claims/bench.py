@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from effjax import checkpoint, models
+from effjax import models
 from effjax.data.sources.files import find_files
-from effjax.evaluation.run import plain_config
 from effjax.training import config as configs
-from effjax.training import fit, metrics, summary
+from effjax.training import fit, metrics
 
 # Of each text file, the last so many bytes are held out.
 HELDOUT_FRACTION = 0.1
@@ -122,30 +121,13 @@ class Bench:
         config.training.update(eval_batches=1, keep=1)
         config.evaluation.latency_runs = 1
         workdir = self.folder / claim / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower())}-seed{seed}"
-        found = _finished(workdir, config) or fit(config, workdir)
+        found = fit(config, workdir)
         if "interrupted_by" in found:
             raise KeyboardInterrupt(found["interrupted_by"])
         report = json.loads((workdir / "report.json").read_text())
         (line,) = metrics.read(workdir)
         positions = last * config.data.batch_size * config.data.seq_len
         return Trained(found, report, PASSES * line["flops/spent"] * positions)
-
-
-def _finished(workdir: Path, config: ml_collections.ConfigDict) -> dict[str, Any] | None:
-    """The summary of a finished run of this config, as far as fields were there when it ran.
-
-    `fit` refuses to go on with a run that lacks fields of today; its results are none the worse for them.
-    """
-    found = summary.read(workdir)
-    if found is None or not _agrees(checkpoint.load_config(workdir), plain_config(config)):
-        return None
-    return found
-
-
-def _agrees(there: Any, here: Any) -> bool:
-    if isinstance(there, dict):
-        return all(name in here and _agrees(value, here[name]) for name, value in there.items())
-    return there == here
 
 
 def flops_per_step(config: ml_collections.ConfigDict) -> float:

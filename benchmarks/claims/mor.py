@@ -12,8 +12,7 @@ from benchmarks.claims import plot, step_time
 from benchmarks.claims.bench import Bench, flops_per_step, steps_for
 from benchmarks.claims.claim import Claim, Report, Table, Verdict
 from benchmarks.claims.spread import (
-    cell,
-    differences,
+    bits_against,
     is_level,
     is_lower,
     mean,
@@ -74,14 +73,14 @@ def verdicts(report: Report) -> list[Verdict]:
         Verdict(
             f"at equal training FLOPs, held-out loss below that of {name} with every seed",
             lower[name],
-            _by(runs, name),
+            bits_against(runs, MOR, name, LOSS),
         )
         for name in lower
     ]
     fewer = Verdict(
         "held-out loss at most 1 % above that of transformer, with fewer parameters",
         is_level(runs, MOR, VANILLA, LOSS) and share < 1,
-        f"{share:.0%} of the parameters; {_by(runs, VANILLA)}",
+        f"{share:.0%} of the parameters; {bits_against(runs, MOR, VANILLA, LOSS)}",
     )
     faster = [_speedup(report, name) for name in lower]
     time = Verdict(
@@ -90,11 +89,6 @@ def verdicts(report: Report) -> list[Verdict]:
         ", ".join(f"{x:.2f}x {name}" for x, name in zip(faster, lower, strict=True)),
     )
     return [*found, fewer, time]
-
-
-def _by(runs, name):
-    numbers = differences(runs, MOR, name, LOSS)
-    return f"{cell(numbers, '+.3f')} bits per byte against {name}"
 
 
 def _speedup(report, name):

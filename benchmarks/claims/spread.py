@@ -75,6 +75,13 @@ def differences(runs: Runs, model: str, baseline: str, key: str) -> list[float]:
     return [of[0][seed] - of[1][seed] for seed in both]
 
 
+def bits_against(runs: Runs, model: str, baseline: str, key: str) -> str:
+    """The differences of a measure in bits per byte, in words."""
+    return (
+        f"{cell(differences(runs, model, baseline, key), '+.3f')} bits per byte against {baseline}"
+    )
+
+
 def is_lower(runs: Runs, model: str, baseline: str, key: str) -> bool:
     """Whether the model is below the baseline with every seed."""
     return all(x < 0 for x in differences(runs, model, baseline, key))
