@@ -8,7 +8,7 @@ import logging
 
 from absl import flags
 
-from effjax import cli
+from effjax import cli, huge_pages
 
 _CONFIG = cli.define_config("Config of the evaluation; without one, that of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
@@ -69,4 +69,5 @@ def _continue(workdir):
 
 
 if __name__ == "__main__":
+    huge_pages.restart()
     cli.run(main)

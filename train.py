@@ -5,7 +5,7 @@ import functools
 
 from absl import flags
 
-from effjax import cli
+from effjax import cli, huge_pages
 
 _CONFIG = cli.define_config("Config of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
@@ -75,4 +75,5 @@ def _joined():
 
 
 if __name__ == "__main__":
+    huge_pages.restart()
     cli.run(main)

@@ -21,7 +21,6 @@ from absl import app, flags
 from ml_collections import config_flags
 from ml_collections.config_flags import config_path
 
-from effjax import huge_pages
 from effjax.unknown import unknown
 
 # What a wrong config, path or file raises, and FloatingPointError for a loss that is not finite.
@@ -110,9 +109,6 @@ def run(main: Callable[[], Any], argv: list[str] | None = None) -> NoReturn:
       main: the program; it reads its flags from the holders that it defined.
       argv: command line, the program's name first; None takes `sys.argv`.
     """
-
-    if argv is None:
-        huge_pages.restart()
 
     def guarded(_: list[str]) -> None:
         _announce()
