@@ -78,12 +78,19 @@ def trace_config(config: Mapping[str, Any], mesh: Mesh) -> jax.stages.Traced:
     model, training = models.create(**config["model"]), config["training"]
     optimizer, _ = optim.build(config["optimizer"], training["num_steps"])
     objective = registry.build("objective", config["objective"])
+    state = abstract_state(config, mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
-        state = sharding.abstract_state(
-            initialiser(model, optimizer, config), mesh, training["offload_optimizer"]
-        )
         batch = abstract_batch(config, mesh)
         return trace(model.at_step(0), objective, optimizer, training, state, batch, mesh)
+
+
+def abstract_state(config: Mapping[str, Any], mesh: Mesh) -> TrainState:
+    """The types of the state that a run of a resolved config starts from, with their shardings."""
+    model, training = models.create(**config["model"]), config["training"]
+    optimizer, _ = optim.build(config["optimizer"], training["num_steps"])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
+        init = initialiser(model, optimizer, config)
+        return sharding.abstract_state(init, mesh, training["offload_optimizer"])
 
 
 def abstract_batch(config: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

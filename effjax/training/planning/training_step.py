@@ -9,13 +9,11 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from effjax import models, optim
 from effjax.training import config as configs
 from effjax.training import lowering, sharding
 from effjax.training.planning import model_flops, topologies
 from effjax.training.planning.result import Plan, compile_or_refuse, of_program
 from effjax.training.planning.schedules import forget
-from effjax.training.state import initialiser
 
 
 def plan(config: Mapping[str, Any], topology: str, schedules: Path | None = None) -> Plan:
@@ -34,7 +32,7 @@ def plan(config: Mapping[str, Any], topology: str, schedules: Path | None = None
     chip = topologies.chip(topology)
     mesh = topologies.mesh(topology, config["mesh"])
     config = _checked(config, mesh)
-    state = _abstract_state(config, mesh)
+    state = lowering.abstract_state(config, mesh)
     batch = lowering.abstract_batch(config, mesh)
     start = time.perf_counter()
     forget(schedules)
@@ -74,12 +72,3 @@ def _checked(config: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
     config = configs.resolve(config) | {"mesh": dict(mesh.shape)}
     configs.check(config, list(mesh.devices.flat))
     return config
-
-
-def _abstract_state(config: Mapping[str, Any], mesh: Mesh) -> Any:
-    """Types of the train state, with their shardings."""
-    model = models.create(**config["model"])
-    optimizer, _ = optim.build(config["optimizer"], config["training"]["num_steps"])
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
-        init, training = initialiser(model, optimizer, config), config["training"]
-        return sharding.abstract_state(init, mesh, training["offload_optimizer"])
