@@ -15,7 +15,7 @@ def random_variables(model, rng):
     def draw(path, leaf):
         noise = rng.normal(size=leaf.shape)
         if path.endswith("embed/embedding"):
-            values = noise
+            values = noise / np.sqrt(leaf.shape[-1])
         elif leaf.ndim > 1:
             values = noise / np.sqrt(leaf.shape[-2])
         else:
