@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +46,7 @@ class Case:
         shape: the shape in words.
         make_inputs: (key, dtype) -> arrays by name.
         contenders: what competes.
-        work: the least work of a pass, by its name; the passes that are measured.
+        work: ways to do a pass, by its name; the passes that are measured.
         stored: names of inputs that stay as they are between calls; around the others are projections.
     """
 
@@ -54,7 +54,7 @@ class Case:
     shape: str
     make_inputs: Callable[[jax.Array, jnp.dtype], dict[str, jax.Array]]
     contenders: tuple[Contender, ...]
-    work: Mapping[str, Work]
+    work: Mapping[str, Sequence[Work]]
     stored: tuple[str, ...] = ()
 
 

@@ -65,13 +65,22 @@ def _static(rows: Sequence[dict], chip: str) -> Table:
     table = Table(
         title=f"Static schedule for {chip}, bfloat16",
         caption="A step's bundles x steps = cycles where nothing stalls; 'all' adds what XLA does around the kernels.\n"
-        ">=: loops of unknown length are counted once. Roofline: the least cycles, by matmul, vector unit or memory.\n"
-        "A ratio below 1: memory holds it, which a schedule does not see.",
+        ">=: loops of unknown length are counted once. Roofs: the least cycles of the unit that has\n"
+        "the most to do, and of the memory, which a schedule does not see; ratio: the cycles over the higher of them.",
         title_justify="left",
         caption_justify="left",
     )
     table.add_column("implementation, kernel", max_width=36)
-    for heading in ("bundles", "steps", "cycles", "matmul", "VMEM MiB", "roofline", "ratio"):
+    for heading in (
+        "bundles",
+        "steps",
+        "cycles",
+        "matmul",
+        "VMEM MiB",
+        "compute",
+        "memory",
+        "ratio",
+    ):
         table.add_column(heading, justify="right")
     for title, of_case in _cases(rows):
         compiled = [row for row in of_case if "not_run" not in row["static"][chip]]
@@ -90,10 +99,13 @@ def _static_lines(row: dict, static: dict) -> Iterator[tuple]:
     if "error" in static:
         yield name, Text(f"cannot: {static['error']}", style="dim", overflow="fold")
         return
-    least = f"{_count(static['roofline_cycles'])} {static['bound']}"
+    roofs = dict(static["roofs"])
+    memory = _count(roofs.pop("memory"))
+    unit = max(roofs, key=roofs.get)
+    compute = f"{_count(roofs[unit])} {unit}"
     ratio = "?" if static["ratio"] is None else f"{static['ratio']:.2f}"
     at_least = ">= " if static["unknown_loops"] else ""
-    yield name, "", "all", at_least + _count(static["cycles"]), "", "", least, ratio
+    yield name, "", "all", at_least + _count(static["cycles"]), "", "", compute, memory, ratio
     for kernel in static["kernels"]:
         yield (
             Text(f"  {kernel['name']}", style="dim", overflow="ellipsis", no_wrap=True),

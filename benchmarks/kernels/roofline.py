@@ -1,13 +1,15 @@
 """The least time that a chip allows for some work: arithmetic over its peaks, bytes over its bandwidth.
 
 Williams, Waterman and Patterson, "Roofline: an insightful visual performance model for multicore architectures", CACM
-52(4), 2009, with a roof for each unit that computes: a matrix unit cannot do what a vector unit does, and exponentials
-have a unit of their own. A matrix unit is as long busy with a narrow product as with one of its own width, so that
-small dimensions have a roof above that of their operations; where it is the highest, the bound says "padded matmul".
+52(4), 2009. One definition for every op: the roof is the highest of memory and of the units that compute, which work
+side by side: matrix units, the vector unit, and that of exponentials. Memory is inputs and outputs, each moved once a
+pass. A matrix unit is as long busy with a narrow product as with one of its own width, so that its roof is of the
+products that the pass consists of, not of their operations. Vector operations are float32.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping, Sequence
 
 from pallas_kernels import chips
 
@@ -24,28 +26,28 @@ class Product:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The least that a pass has to do.
+    """The least that one way to do a pass has to do.
 
     Attributes:
-        matmul_flops: operations that a matrix unit can do.
-        vector_flops: operations that it cannot: elementwise products and sums.
+        products: of the matrix units.
+        vector_flops: operations that these cannot do: elementwise products and sums.
         exponentials: one each, whatever the base.
-        products: ways to do the operations of `matmul_flops`, of which the fastest counts (a way for each length of a
-            chunk, say): the products of each. Empty: they are large, and no unit is padded.
     """
 
-    matmul_flops: float = 0.0
+    products: tuple[Product, ...] = ()
     vector_flops: float = 0.0
     exponentials: float = 0.0
-    products: tuple[tuple[Product, ...], ...] = ()
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(
+            self.products + other.products,
+            self.vector_flops + other.vector_flops,
+            self.exponentials + other.exponentials,
+        )
 
     def times(self, factor: float) -> "Work":
-        products = tuple(
-            tuple(dataclasses.replace(x, times=x.times * factor) for x in way)
-            for way in self.products
-        )
-        scaled = (x * factor for x in (self.matmul_flops, self.vector_flops, self.exponentials))
-        return Work(*scaled, products)
+        products = tuple(dataclasses.replace(x, times=x.times * factor) for x in self.products)
+        return Work(products, self.vector_flops * factor, self.exponentials * factor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +82,8 @@ class Chip:
         """Cycles a second."""
         return self.peak_flops / self.matmul_flops_per_cycle
 
-    def padded_cycles(self, product: Product) -> float:
-        """Of all matrix units: a tile of one operand lies in a unit, and the rows of the other go through it.
+    def matmul_cycles(self, product: Product) -> float:
+        """Of all matrix units together: a tile of one operand lies in a unit, and the rows of the other go through it.
 
         Rows come in registers of 16 in bfloat16. Either operand can be the one that lies in the unit.
         """
@@ -126,28 +128,42 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """The least cycles of some work, and what holds it there.
+    """The least cycles of a pass, and what holds it there.
 
     Attributes:
-        cycles: the highest of `roofs`.
-        bound: its name.
-        roofs: cycles by name: "matmul", "padded matmul", "vector", "exponential" and "memory".
+        roofs: cycles by name: "matmul", "vector", "exponential" and "memory".
     """
 
-    cycles: float
-    bound: str
-    roofs: dict[str, float]
+    roofs: Mapping[str, float]
+
+    @property
+    def bound(self) -> str:
+        """The name of the highest roof."""
+        return max(self.roofs, key=self.roofs.get)
+
+    @property
+    def cycles(self) -> float:
+        """The highest roof."""
+        return self.roofs[self.bound]
 
 
-def roofline(chip: Chip, work: Work, num_bytes: float) -> Roofline:
-    """The least cycles of `work`, with `num_bytes` of traffic to HBM, on `chip`."""
-    ways = [sum(map(chip.padded_cycles, way)) for way in work.products]
-    roofs = {
-        "matmul": work.matmul_flops / chip.matmul_flops_per_cycle,
-        "padded matmul": min(ways, default=0.0),
-        "vector": work.vector_flops / chip.vector_flops_per_cycle,
-        "exponential": work.exponentials / chip.exponentials_per_cycle,
-        "memory": num_bytes / chip.hbm_bytes_per_second * chip.clock,
-    }
-    bound = max(roofs, key=roofs.get)
-    return Roofline(roofs[bound], bound, roofs)
+def roofline(chip: Chip, ways: Sequence[Work], num_bytes: float) -> Roofline:
+    """The least cycles of a pass on `chip`.
+
+    Args:
+        chip: where.
+        ways: to do it (a way for each length of a chunk, say), of which the fastest counts.
+        num_bytes: its traffic to HBM, whatever the way.
+    """
+    return min((_roofline(chip, work, num_bytes) for work in ways), key=lambda x: x.cycles)
+
+
+def _roofline(chip: Chip, work: Work, num_bytes: float) -> Roofline:
+    return Roofline(
+        {
+            "matmul": sum(map(chip.matmul_cycles, work.products)),
+            "vector": work.vector_flops / chip.vector_flops_per_cycle,
+            "exponential": work.exponentials / chip.exponentials_per_cycle,
+            "memory": num_bytes / chip.hbm_bytes_per_second * chip.clock,
+        }
+    )

@@ -111,7 +111,7 @@ def _static(case: Case, measured: str, chip: str, compiled: dict | None) -> dict
     cycles = total_cycles(schedule)
     return schedule | {
         "cycles": cycles,
-        "roofline_cycles": least.cycles,
+        "roofs": least.roofs,
         "bound": least.bound,
         "ratio": None if cycles is None else cycles / least.cycles,
     }

@@ -14,7 +14,7 @@ from benchmarks.kernels.case import BOTH, FORWARD, num_bytes
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.cases.attention import causal_tiles
 from benchmarks.kernels.cases.grouped_matmul import visited_tiles
-from benchmarks.kernels.roofline import CHIPS, Work, roofline
+from benchmarks.kernels.roofline import CHIPS, Product, Work, roofline
 from benchmarks.kernels.schedules import schedules
 from pallas_kernels import topology
 from pallas_kernels.bundles import Window, read_kernel
@@ -80,11 +80,11 @@ def test_roofline_arithmetic():
     assert v5e.clock == pytest.approx(1.5e9, rel=0.01)
     assert v6e.clock == pytest.approx(1.75e9, rel=0.01)
     # A product of 1024 x 1024 x 1024 is 2 GFLOP, at 131072 a cycle.
-    product = roofline(v5e, Work(matmul_flops=2 * 1024**3), 3 * 2 * 1024**2)
+    product = roofline(v5e, [Work((Product(1024, 1024, 1024),))], 3 * 2 * 1024**2)
     assert (product.cycles, product.bound) == (2**31 / 2**17, "matmul")
-    scan = roofline(v6e, Work(vector_flops=4096 * 1000), 0)
+    scan = roofline(v6e, [Work(vector_flops=4096 * 1000)], 0)
     assert (scan.cycles, scan.bound) == (1000, "vector")
-    copy = roofline(v6e, Work(), 1640)
+    copy = roofline(v6e, [Work()], 1640)
     assert copy.cycles == pytest.approx(v6e.clock * 1e-9) and copy.bound == "memory"
 
 

@@ -1,4 +1,4 @@
-"""The roofs above that of operations: products that do not fill a matrix unit, and exponentials."""
+"""The roofs of the units: products that do not fill a matrix unit, and exponentials."""
 
 import pytest
 
@@ -20,27 +20,27 @@ from benchmarks.kernels.roofline import CHIPS, Product, Work, roofline
 )
 def test_a_narrow_product_takes_as_long_as_one_that_fills_the_unit(chip, product, rows):
     # Four units of a row a cycle, or two of two.
-    assert CHIPS[chip].padded_cycles(product) == rows / 4
+    assert CHIPS[chip].matmul_cycles(product) == rows / 4
 
 
-def test_of_several_ways_the_fastest_counts_and_both_roofs_are_told():
-    narrow, wide = Product(128, 8, 128, times=4), Product(256, 8, 256, times=1)
-    work = Work(matmul_flops=4 * 2 * 128 * 8 * 128, products=((narrow,), (wide,)))
-    found = roofline(CHIPS["v6e"], work, 0)
-    assert (found.bound, found.cycles) == ("padded matmul", 256 / 4)
-    assert found.roofs["matmul"] == work.matmul_flops / CHIPS["v6e"].matmul_flops_per_cycle
-    thrice = roofline(CHIPS["v6e"], work.times(3), 0)
-    assert thrice.roofs == {name: 3 * cycles for name, cycles in found.roofs.items()}
+def test_of_several_ways_the_fastest_counts():
+    narrow, wide = Product(128, 8, 128, times=4), Product(256, 8, 256)
+    found = roofline(CHIPS["v6e"], [Work((narrow,)), Work((wide,))], 0)
+    assert (found.bound, found.cycles) == ("matmul", 256 / 4)
+    # The wide one has more to do elsewhere.
+    ways = [Work((narrow,)), Work((wide,), vector_flops=4096 * 200)]
+    assert roofline(CHIPS["v6e"], ways, 0).cycles == 4 * 128 / 4
 
 
-def test_a_full_product_has_the_roof_of_its_operations():
-    product = Product(512, 512, 512)
-    work = Work(matmul_flops=2 * 512**3, products=((product,),))
+def test_work_adds_up():
+    work = Work((Product(512, 512, 512),), vector_flops=4096 * 2, exponentials=1024)
     for chip in CHIPS.values():
-        roofs = roofline(chip, work, 0).roofs
-        assert roofs["padded matmul"] == roofs["matmul"]
+        once, thrice = (roofline(chip, [x], 0).roofs for x in (work, work + work.times(2)))
+        assert thrice == {name: 3 * cycles for name, cycles in once.items()}
+        assert once["matmul"] == 2 * 512**3 / chip.matmul_flops_per_cycle
 
 
-def test_exponentials_have_a_unit_of_their_own():
-    found = roofline(CHIPS["v5e"], Work(vector_flops=4096 * 10, exponentials=1024 * 11), 0)
+def test_the_highest_roof_counts():
+    work = Work(vector_flops=4096 * 10, exponentials=1024 * 11)
+    found = roofline(CHIPS["v5e"], [work], 0)
     assert (found.cycles, found.bound) == (11, "exponential")

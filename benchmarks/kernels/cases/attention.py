@@ -9,7 +9,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
 from benchmarks.kernels.case import BOTH, FORWARD, Case, Contender, implementations
-from benchmarks.kernels.roofline import Work
+from benchmarks.kernels.roofline import Product, Work
 from pallas_kernels import OPS, attention
 
 # Tiles of the peers' kernels: by default flash attention takes 128, which wastes most of a matrix unit's time.
@@ -37,9 +37,16 @@ def _case(batch: int, time: int, heads: int, dim: int) -> Case:
         has_schedule=True,
         steps=lambda kernel: tiles if re.search("flash|splash", kernel.name) else None,
     )
-    # A query sees (T + 1) / 2 keys on average. Forward: q kᵀ and the product with v; backward: q kᵀ again, dv, the
-    # gradient of the weights, dq and dk.
-    product = Work(matmul_flops=2 * batch * heads * dim * time * (time + 1) / 2)
+    # A query sees (T + 1) / 2 keys on average. Forward: q kᵀ and the product with v; of a pair maximum, difference,
+    # exponential and sum. Backward: q kᵀ again and the gradient of the weights, dv, dq and dk; of a pair again the
+    # difference and the exponential, and of the gradient of its weight a difference and a product.
+    seen = batch * heads * (time + 1) / (2 * time)
+    of_pairs = Work(products=(Product(time, dim, time, seen),))
+    to_tokens = Work(products=(Product(time, time, dim, seen),))
+    pair = Work(exponentials=time**2 * seen)
+    flop = Work(vector_flops=time**2 * seen)
+    forward = of_pairs + to_tokens + pair + flop.times(3)
+    backward = of_pairs.times(2) + to_tokens.times(3) + pair + flop.times(3)
     return Case(
         op="attention",
         shape=f"[{batch}, {time}, {heads}, {dim}] causal",
@@ -54,7 +61,7 @@ def _case(batch: int, time: int, heads: int, dim: int) -> Case:
             on_tpu("jax flash", _flash_attention),
             on_tpu("jax splash", _splash_attention),
         ),
-        work={FORWARD: product.times(2), BOTH: product.times(7)},
+        work={FORWARD: (forward,), BOTH: (forward + backward,)},
     )
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.kernels.case import FORWARD, Case, Contender, implementations
-from benchmarks.kernels.roofline import Work
+from benchmarks.kernels.roofline import Product, Work
 from pallas_kernels import OPS, decode_attention
 
 
@@ -24,6 +24,11 @@ def _case(batch: int, cache: int, heads: int, kv_heads: int, dim: int) -> Case:
             "lengths": jnp.full((batch,), cache, jnp.int32),
         }
 
+    # Of the heads that share one of the cache: q kᵀ and the product with v; of a pair maximum, difference and sum.
+    group, pairs = heads // kv_heads, batch * heads * cache
+    products = Product(group, dim, cache), Product(group, cache, dim)
+    work = Work(products).times(batch * kv_heads)
+    work += Work(vector_flops=3 * pairs, exponentials=pairs)
     return Case(
         op="decode_attention",
         shape=f"[{batch}, 1, {heads}, {dim}], cache {cache} of {kv_heads} heads",
@@ -33,7 +38,7 @@ def _case(batch: int, cache: int, heads: int, kv_heads: int, dim: int) -> Case:
             *implementations(decode_attention, OPS["decode_attention"]),
             Contender("jax.nn", _dot_product_attention, has_schedule=True),
         ),
-        work={FORWARD: Work(matmul_flops=4 * batch * cache * heads * dim)},
+        work={FORWARD: (work,)},
     )
 
 

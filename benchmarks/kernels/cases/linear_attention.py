@@ -1,6 +1,5 @@
 """BASED's Taylor attention beside two ways to write it in plain jax: quadratic, and chunk by chunk over a state."""
 
-import dataclasses
 import math
 
 import jax
@@ -30,22 +29,11 @@ def _case(batch: int, time: int, heads: int, dim: int, value_dim: int) -> Case:
             for name, k, width in zip("qkv", keys, dims, strict=True)
         }
 
-    features = 1 + dim + dim * (dim + 1) // 2
-    # Of a token: half of its chunk's q kᵀ and weights times values and their sum; the state, written and read.
-    a_token = _CHUNK * (dim + value_dim + 1) + 4 * features * (value_dim + 1)
-    forward = Work(matmul_flops=batch * time * heads * a_token)
-
-    def ways(products) -> tuple[tuple[Product, ...], ...]:
-        return tuple(
-            tuple(
-                Product(*sizes, times=batch * heads * time / chunk)
-                for sizes in products(chunk, dim, value_dim + 1, features)
-            )
-            for chunk in _CHUNKS
-        )
-
-    both = dataclasses.replace(forward.times(3), products=ways(_products_with_gradients))
-    forward = dataclasses.replace(forward, products=ways(_products))
+    # A way for each length of a chunk.
+    sizes = [(chunk, dim, value_dim + 1) for chunk in _CHUNKS]
+    chunks = [batch * heads * time / chunk for chunk in _CHUNKS]
+    forward = [_forward(*x).times(n) for x, n in zip(sizes, chunks, strict=True)]
+    backward = [_backward(*x).times(n) for x, n in zip(sizes, chunks, strict=True)]
     return Case(
         op="linear_attention",
         shape=f"[{batch}, {time}, {heads}, {dim}], values {value_dim}, taylor",
@@ -55,33 +43,43 @@ def _case(batch: int, time: int, heads: int, dim: int, value_dim: int) -> Case:
             Contender("quadratic", quadratic),
             Contender("chunks in jax", chunked),
         ),
-        work={FORWARD: forward, BOTH: both},
+        work={FORWARD: forward, BOTH: [x + y for x, y in zip(forward, backward, strict=True)]},
     )
 
 
-def _products(chunk, dim, width, features) -> list[tuple[int, int, int]]:
-    """Of a chunk of a head: q kᵀ, weights times values (with their ones), the state written and read."""
-    return [
-        (chunk, dim, chunk),
-        (width, chunk, chunk),
-        (width, chunk, features),
-        (width, features, chunk),
-    ]
+def _forward(chunk: int, dim: int, width: int) -> Work:
+    """Of a chunk of a head: q kᵀ, weights times values (with their ones), the state written and read. Elementwise, of
+    a pair that is seen a square and a sum, of a token the pairs of its dimensions, and the division of its sums."""
+    pairs = dim * (dim + 1) // 2
+    products = (
+        Product(chunk, dim, chunk),
+        Product(width, chunk, chunk),
+        Product(width, chunk, 1 + dim + pairs),
+        Product(width, 1 + dim + pairs, chunk),
+    )
+    return Work(products, vector_flops=chunk * (chunk + 1 + 2 * pairs + width))
 
 
-def _products_with_gradients(chunk, dim, width, features) -> list[tuple[int, int, int]]:
-    """Besides, with the states of the forward at hand: q kᵀ again, the gradients of the weights, of q, k and v through
-    them, of φ(q), φ(k) and v through the states, and of the state."""
-    return [
-        *_products(chunk, dim, width, features),
-        (chunk, dim, chunk),
-        (chunk, width, chunk),
-        *[(dim, chunk, chunk)] * 2,
-        (width, chunk, chunk),
-        *[(features, width, chunk)] * 2,
-        (width, features, chunk),
-        (features, chunk, width),
-    ]
+def _backward(chunk: int, dim: int, width: int) -> Work:
+    """With the states of the forward at hand: q kᵀ again, the gradients of the weights, of q, k and v through them, of
+    φ(q), φ(k) and v through the states, and of the state.
+
+    Elementwise, of a pair the weight again and its slope times its gradient; of a token the pairs of dimensions again
+    and from the gradient of each a product and a sum for both of its dimensions; the gradients of the division.
+    """
+    pairs = dim * (dim + 1) // 2
+    features = 1 + dim + pairs
+    products = (
+        Product(chunk, dim, chunk),
+        Product(chunk, width, chunk),
+        *[Product(dim, chunk, chunk)] * 2,
+        Product(width, chunk, chunk),
+        *[Product(features, width, chunk)] * 2,
+        Product(width, features, chunk),
+        Product(features, chunk, width),
+    )
+    of_tokens = 2 * pairs + 2 * 4 * pairs + 3 * width
+    return Work(products, vector_flops=chunk * (1.5 * (chunk + 1) + of_tokens))
 
 
 def quadratic(q, k, v):

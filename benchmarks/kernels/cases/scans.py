@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.kernels.case import BOTH, FORWARD, Case, Contender, implementations
-from benchmarks.kernels.roofline import Work
+from benchmarks.kernels.roofline import Product, Work
 from pallas_kernels import OPS, selective_scan, ssd_scan
 
-# Tokens of a chunk in the dual form: what the least work of `ssd_scan` is counted with.
-_CHUNK = 128
+# Lengths that the chunks of the dual form may have.
+_CHUNKS = (64, 128, 256, 512)
 
 
 def selective_scan_cases(quick: bool) -> list[Case]:
@@ -48,7 +48,7 @@ def _selective_scan_case(batch: int, time: int, channels: int, states: int) -> C
             *implementations(selective_scan, OPS["selective_scan"]),
             Contender("associative_scan", associative_selective_scan),
         ),
-        work={FORWARD: forward, BOTH: both},
+        work={FORWARD: (forward,), BOTH: (both,)},
     )
 
 
@@ -63,10 +63,11 @@ def _ssd_scan_case(batch: int, time: int, heads: int, dim: int, states: int) -> 
             "C": jax.random.normal(keys[3], (batch, time, 1, states), dtype),
         }
 
-    # Of a token: half of its chunk's C Bᵀ, once for all heads; a head, half of the weights times x, and the state,
-    # written and read.
-    a_token = _CHUNK * states + heads * (_CHUNK * dim + 4 * dim * states)
-    forward = Work(matmul_flops=batch * time * a_token)
+    # A way for each length of a chunk.
+    sizes = [(chunk, heads, dim, states) for chunk in _CHUNKS]
+    chunks = [batch * time / chunk for chunk in _CHUNKS]
+    forward = [_ssd_forward(*x).times(n) for x, n in zip(sizes, chunks, strict=True)]
+    backward = [_ssd_backward(*x).times(n) for x, n in zip(sizes, chunks, strict=True)]
     return Case(
         op="ssd_scan",
         shape=f"[{batch}, {time}, {heads}, {dim}], state {states}",
@@ -75,8 +76,44 @@ def _ssd_scan_case(batch: int, time: int, heads: int, dim: int, states: int) -> 
             *implementations(ssd_scan, OPS["ssd_scan"]),
             Contender("associative_scan", associative_ssd_scan),
         ),
-        work={FORWARD: forward, BOTH: forward.times(3)},
+        work={FORWARD: forward, BOTH: [x + y for x, y in zip(forward, backward, strict=True)]},
     )
+
+
+def _ssd_forward(chunk: int, heads: int, dim: int, states: int) -> Work:
+    """Of a chunk: C Bᵀ once for all heads, the weights times x a head, the states written and read.
+
+    Elementwise, of a pair that is seen, a head, the difference of two sums, its exponential, and a product; of a
+    channel dt x, what is left of it at the end of the chunk, and the decay of what is read.
+    """
+    channels = heads * dim
+    products = (
+        Product(chunk, states, chunk),
+        Product(chunk, chunk, dim, heads),
+        Product(states, chunk, channels),
+        Product(chunk, states, channels),
+    )
+    pairs = heads * chunk * (chunk + 1) / 2
+    return Work(products, 2 * pairs + 3 * chunk * channels, pairs)
+
+
+def _ssd_backward(chunk: int, heads: int, dim: int, states: int) -> Work:
+    """With the states of the forward at hand: C Bᵀ again; a head, the gradients of the weights and of x through them;
+    those of B and C through C Bᵀ; through the states those of x, B, C and of the states.
+
+    Elementwise, of a pair its weight again, the gradient of the similarity, summed over heads, and the gradient of the
+    exponent, summed twice; of a channel as much as in the forward, and its part in the gradient of dt.
+    """
+    channels = heads * dim
+    products = (
+        Product(chunk, states, chunk),
+        *[Product(chunk, dim, chunk, heads), Product(chunk, chunk, dim, heads)],
+        *[Product(chunk, chunk, states)] * 2,
+        *[Product(chunk, channels, states)] * 2,
+        *[Product(chunk, states, channels), Product(states, chunk, channels)],
+    )
+    pairs = heads * chunk * (chunk + 1) / 2
+    return Work(products, 7 * pairs + 5 * chunk * channels, pairs)
 
 
 def associative_selective_scan(u, delta, A, B, C):

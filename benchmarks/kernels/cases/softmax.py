@@ -4,7 +4,7 @@ import jax
 import optax
 
 from benchmarks.kernels.case import BOTH, FORWARD, Case, Contender, implementations
-from benchmarks.kernels.roofline import Work
+from benchmarks.kernels.roofline import Product, Work
 from pallas_kernels import OPS, cross_entropy, linear_cross_entropy, softmax
 
 
@@ -29,8 +29,10 @@ def _logits(quick: bool) -> list[tuple[int, int]]:
 
 
 def _softmax_case(rows: int, columns: int) -> Case:
-    # Of an entry: exp and a sum, and a product; backward, two products, a sum and a difference.
-    entry = Work(vector_flops=rows * columns)
+    # Of an entry: exp, a sum and a product; backward, two products, a sum and a difference.
+    entries = rows * columns
+    forward = Work(vector_flops=2 * entries, exponentials=entries)
+    both = forward + Work(vector_flops=4 * entries)
     return Case(
         op="softmax",
         shape=f"[{rows}, {columns}]",
@@ -39,7 +41,7 @@ def _softmax_case(rows: int, columns: int) -> Case:
             *implementations(softmax, OPS["softmax"]),
             Contender("jax.nn", jax.nn.softmax, has_schedule=True),
         ),
-        work={FORWARD: entry.times(3), BOTH: entry.times(7)},
+        work={FORWARD: (forward,), BOTH: (both,)},
     )
 
 
@@ -52,7 +54,9 @@ def _cross_entropy_case(rows: int, columns: int) -> Case:
         }
 
     # Of an entry: exp and a sum; backward, exp, a difference and a product.
-    entry = Work(vector_flops=rows * columns)
+    entries = rows * columns
+    forward = Work(vector_flops=entries, exponentials=entries)
+    both = forward + Work(vector_flops=2 * entries, exponentials=entries)
     return Case(
         op="cross_entropy",
         shape=f"[{rows}, {columns}]",
@@ -61,7 +65,7 @@ def _cross_entropy_case(rows: int, columns: int) -> Case:
             *implementations(_loss(cross_entropy), OPS["cross_entropy"]),
             Contender("optax", optax.softmax_cross_entropy_with_integer_labels, has_schedule=True),
         ),
-        work={FORWARD: entry.times(2), BOTH: entry.times(5)},
+        work={FORWARD: (forward,), BOTH: (both,)},
     )
 
 
@@ -77,7 +81,12 @@ def _linear_cross_entropy_case(rows: int, width: int, columns: int) -> Case:
     def logits_and_loss(hidden, weight, labels):
         return optax.softmax_cross_entropy_with_integer_labels(hidden @ weight, labels)
 
-    product = Work(matmul_flops=2 * rows * width * columns)
+    # Forward, the logits, and of one exp and a sum; backward, of one exp, a difference and a product, and the gradients
+    # of both factors.
+    entries = rows * columns
+    forward = Work((Product(rows, width, columns),), entries, entries)
+    gradients = Product(rows, columns, width), Product(width, rows, columns)
+    both = forward + Work(gradients, 2 * entries, entries)
     return Case(
         op="linear_cross_entropy",
         shape=f"[{rows}, {width}] x [{width}, {columns}]",
@@ -86,7 +95,7 @@ def _linear_cross_entropy_case(rows: int, width: int, columns: int) -> Case:
             *implementations(_loss(linear_cross_entropy), OPS["linear_cross_entropy"]),
             Contender("optax", logits_and_loss),
         ),
-        work={FORWARD: product, BOTH: product.times(3)},
+        work={FORWARD: (forward,), BOTH: (both,)},
     )
 
 
