@@ -1,6 +1,7 @@
 """Evaluates a trained model, or lets it write.
 
 uv run eval.py --workdir=runs/mor
+uv run eval.py --workdir=runs/mor --distributed
 uv run eval.py --workdir=runs/mor --prompt="def main():" --temperature=0.7 --top_p=0.9
 """
 
@@ -12,6 +13,7 @@ from effjax import cli, huge_pages
 
 _CONFIG = cli.define_config("Config of the evaluation; without one, that of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
+_JOINED = cli.define_distributed("evaluate together")
 _PROMPT = flags.DEFINE_string(
     "prompt",
     None,
@@ -38,18 +40,20 @@ def main():
 
 
 def _evaluate(workdir):
-    for flag in (_MAX_NEW_TOKENS, _SEED, *_SAMPLING):
-        if flag.present:
-            raise ValueError(f"--{flag.name} without --prompt; valid: both, or neither")
-    from effjax import evaluation  # after the flags: a wrong one is told at once
+    cli.check_not_alone((_MAX_NEW_TOKENS, _SEED, *_SAMPLING), _PROMPT)
+    from effjax import evaluation, processes  # after the flags: a wrong one is told at once
     from effjax.evaluation import report
 
-    found = evaluation.evaluate(_CONFIG.value, workdir)
-    print(report.table(found))
-    print(f"wrote {workdir}/{report.JSON_FILE} and {', '.join(found['plots'])}")
+    with _JOINED():
+        found = evaluation.evaluate(_CONFIG.value, workdir)
+        if processes.is_first():
+            print(report.table(found))
+            print(f"wrote {workdir}/{report.JSON_FILE} and {', '.join(found['plots'])}")
 
 
 def _continue(workdir):
+    if flags.FLAGS.distributed:
+        raise ValueError("--distributed with --prompt; valid: one of them")
     from effjax import evaluation
     from effjax.serving import Sampling
 

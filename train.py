@@ -1,25 +1,12 @@
 """Trains a model and evaluates it: `uv run train.py --config=configs/mor.py`."""
 
-import contextlib
-import functools
-
 from absl import flags
 
 from effjax import cli, huge_pages
 
 _CONFIG = cli.define_config("Config of the run.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; default: runs/<config name>.")
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "One of several processes that train together; the cluster (TPU pod, SLURM, Kubernetes, Open MPI) says which, or "
-    "these flags:",
-)
-_PROCESS = (
-    flags.DEFINE_string("distributed.coordinator_address", None, "host:port of process 0."),
-    flags.DEFINE_integer("distributed.num_processes", None, "How many processes there are."),
-    flags.DEFINE_integer("distributed.process_id", None, "Which one this is, from 0."),
-)
+_JOINED = cli.define_distributed("train together")
 _TOPOLOGY = flags.DEFINE_string(
     "plan.topology",
     None,
@@ -42,36 +29,19 @@ def main():
     workdir = _WORKDIR.value or cli.default_workdir()
     if _planned(workdir):
         return
-    with _joined():
+    with _JOINED():
         training.fit(_CONFIG.value, workdir)
-
-
-def _check_not_alone(details, whole):
-    for flag in details:
-        if flag.present and not whole.value:
-            raise ValueError(f"--{flag.name} without --{whole.name}; valid: both, or neither")
 
 
 def _planned(workdir):
     """Whether the run was to be planned, which is done then."""
-    _check_not_alone(_PLAN, _TOPOLOGY)
+    cli.check_not_alone(_PLAN, _TOPOLOGY)
     if _TOPOLOGY.value is None:
         return False
     from effjax.training import planning
 
     planning.run(_CONFIG.value, _TOPOLOGY.value, workdir, *(flag.value for flag in _PLAN))
     return True
-
-
-def _joined():
-    """The context of a run: among its processes where there are several."""
-    _check_not_alone(_PROCESS, _DISTRIBUTED)
-    if not _DISTRIBUTED.value:
-        return contextlib.nullcontext()
-    from effjax.training import distributed
-
-    report = functools.partial(cli.one_message, flags.FLAGS.debug)
-    return distributed.joined(*(flag.value for flag in _PROCESS), report)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ _DISK_ERROR = "os_error_code"
 _FREE_FIELDS = (
     "evaluation",
     "mesh",
+    "model.num_microbatches",
     "training.checkpoint_every",
     "training.eval_batches",
     "training.eval_every",
@@ -219,15 +220,21 @@ class Checkpoints:
         return ocp.CheckpointManager(self.directory, options=options, handler_registry=registry)
 
 
-def restore_variables(workdir: str | Path, step: int | None = None) -> tuple[dict[str, Any], int]:
+def restore_variables(
+    workdir: str | Path,
+    step: int | None = None,
+    shardings: Callable[[Any], Any] | None = None,
+) -> tuple[dict[str, Any], int]:
     """The variables that a run would be evaluated with: averaged parameters where it keeps an average.
 
     Args:
       workdir: of the run.
       step: which checkpoint; None takes the newest that is whole.
+      shardings: from the shapes of the parameters to where each of them is to live, such as `state_shardings` of
+        `effjax.training.sharding` for a mesh; on several processes all of them call. None: the first device.
 
     Returns:
-      `{"params": ...}` on the first device, and the step.
+      `{"params": ...}`, and the step.
 
     Raises:
       CheckpointError: if there is no such checkpoint, or it is damaged.
@@ -238,7 +245,8 @@ def restore_variables(workdir: str | Path, step: int | None = None) -> tuple[dic
         has = f"has the steps {', '.join(map(str, steps))}" if steps else "has none"
         wanted = "a checkpoint" if step is None else f"step {step}"
         raise CheckpointError(f"{wanted} was asked for, and {directory} {has}")
-    found = _newest_readable(directory, _read_variables, None if step is None else [step])
+    read = functools.partial(_read_variables, shardings=shardings or _on_first_device)
+    found = _newest_readable(directory, read, None if step is None else [step])
     assert found is not None  # steps is not empty
     return found[0]
 
@@ -362,18 +370,13 @@ def _read_state[State](
     path: Path, abstract_state: State, iterator: Any
 ) -> tuple[State, dict[str, Any]]:
     """What `Checkpoints.restore` returns, or an exception on all processes alike."""
-    error = None
-    try:
+    with _alike():
         record = _record(path)
         items = {
             name: _read_arrays(path / name, tree) for name, tree in _items(abstract_state).items()
         }
         iterator.set_state(_read_data(path / "data"))
         iterator.start_prefetch()
-    except Exception as one:
-        error = one
-    if not processes.every(error is None):
-        raise error or CheckpointError("another process cannot read it")
     for name, arrays in items.items():
         _check_digest(arrays, record["digests"][name])
     return _from_items(abstract_state, items), record["progress"]
@@ -388,17 +391,39 @@ def _read_data(folder: Path) -> dict[str, Any]:
     return data.joined_state(json.loads(file.read_text()) for file in files)
 
 
-def _read_variables(path: Path) -> tuple[dict[str, Any], int]:
-    digests = _record(path)["digests"]
-    name = "ema" if "ema" in digests else "params"
-    metadata = ocp.StandardCheckpointHandler().metadata(path / name).tree
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), metadata
-    )
-    params = _read_arrays(path / name, abstract)
+def _read_variables(path: Path, shardings: Callable[[Any], Any]) -> tuple[dict[str, Any], int]:
+    with _alike():
+        digests = _record(path)["digests"]
+        name = "ema" if "ema" in digests else "params"
+        shapes = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+            ocp.StandardCheckpointHandler().metadata(path / name).tree,
+        )
+        abstract = jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+            shapes,
+            shardings(shapes),
+        )
+        params = _read_arrays(path / name, abstract)
     _check_digest(params, digests[name])
     return {"params": params}, int(path.name)
+
+
+def _on_first_device(shapes: Any) -> Any:
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: here, shapes)
+
+
+@contextlib.contextmanager
+def _alike() -> Iterator[None]:
+    """What is done inside fails on all processes if it does on one."""
+    error = None
+    try:
+        yield
+    except Exception as one:
+        error = one
+    if not processes.every(error is None):
+        raise error or CheckpointError("another process cannot read it")
 
 
 def _read_arrays(path: Path, abstract: Any) -> Any:

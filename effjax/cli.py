@@ -1,5 +1,5 @@
-"""What the command line programs share: a `--config` flag, and errors of one message instead of a
-traceback.
+"""What the command line programs share: flags for a config and for several processes, and errors of one message
+instead of a traceback.
 
 A mistake of the user (an unknown field, a wrong type, a missing file) ends a program with `error:
 ...` on standard error and exit code 2; `--debug` shows the traceback as well.
@@ -7,11 +7,14 @@ A mistake of the user (an unknown field, a wrong type, a missing file) ends a pr
 
 import ast
 import contextlib
+import functools
+import gc
 import logging
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +30,10 @@ from effjax.unknown import unknown
 USER_ERRORS = (ValueError, OSError, FloatingPointError)
 EXIT_CODE = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+# Objects made before Python looks for garbage among them, by itself 700 (2000 since 3.14). Importing and tracing make a
+# million that stay, and looking through them over and over takes a fifth of the time until the first step.
+_GARBAGE_THRESHOLD = 100_000
 
 _DEBUG = flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
 
@@ -87,6 +94,47 @@ def define_config(
     )
 
 
+def define_distributed(what: str) -> Callable[[], AbstractContextManager]:
+    """Defines `--distributed` and `--distributed.coordinator_address`, `.num_processes` and `.process_id`.
+
+    Args:
+      what: what the processes do together, for the help.
+
+    Returns:
+      To be called when the flags are parsed: the context of the program, among its processes where there are several
+      (`effjax.training.distributed.joined`). It raises ValueError for details without `--distributed`.
+    """
+    whole = flags.DEFINE_bool(
+        "distributed",
+        False,
+        f"One of several processes that {what}; the cluster (TPU pod, SLURM, Kubernetes, Open MPI) says which, or these "
+        "flags:",
+    )
+    details = (
+        flags.DEFINE_string("distributed.coordinator_address", None, "host:port of process 0."),
+        flags.DEFINE_integer("distributed.num_processes", None, "How many processes there are."),
+        flags.DEFINE_integer("distributed.process_id", None, "Which one this is, from 0."),
+    )
+
+    def joined() -> AbstractContextManager:
+        check_not_alone(details, whole)
+        if not whole.value:
+            return contextlib.nullcontext()
+        from effjax.training import distributed  # after the flags: a wrong one is told at once
+
+        report = functools.partial(one_message, _DEBUG.value)
+        return distributed.joined(*(flag.value for flag in details), report)
+
+    return joined
+
+
+def check_not_alone(details: Sequence[flags.FlagHolder], whole: flags.FlagHolder) -> None:
+    """Raises ValueError if one of `details` is given without the flag that they are details of."""
+    for flag in details:
+        if flag.present and not whole.value:
+            raise ValueError(f"--{flag.name} without --{whole.name}; valid: both, or neither")
+
+
 def default_workdir() -> str:
     """`runs/<name of the config file>`, followed by `-<argument>` if it was given one, a path in it in dashes.
 
@@ -115,6 +163,7 @@ def run(main: Callable[[], Any], argv: list[str] | None = None) -> NoReturn:
         with one_message(_DEBUG.value):
             main()
 
+    gc.set_threshold(_GARBAGE_THRESHOLD)
     app.run(guarded, argv, flags_parser=parse_flags)
 
 

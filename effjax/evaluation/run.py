@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import ml_collections
+from jax.sharding import Mesh
 
 from effjax import checkpoint, data, models, processes
 from effjax.evaluation import cost, report
@@ -20,6 +22,8 @@ from effjax.evaluation.heldout import evaluate_language_model
 from effjax.evaluation.pair_retrieval import embed_pairs, evaluate_retrieval, nested_dims
 from effjax.evaluation.recall import evaluate_recall
 from effjax.evaluation.token_compute import measure_token_compute
+from effjax.training import sharding
+from effjax.training.batches import Share
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,10 @@ Drawing = Callable[[Path], list[Path]]  # draws into a path; returns what it wro
 def evaluate(config: Mapping[str, Any] | None, workdir: str | Path) -> dict[str, Any]:
     """Evaluates a checkpoint of a run and writes `report.json`, `report.txt` and `plots/` beside it.
 
+    The parameters and the rows of a batch are split over a mesh, on one process or on several
+    (`effjax.training.distributed.joined`): that of `config`, or that of the run. Where the run's does not fit the
+    devices that are here, it is as many of them as divide a batch, which the log says.
+
     Args:
       config: of the evaluation; its model must be the one that was trained. None takes the config
         of the run. `evaluation.step`, if there, chooses the checkpoint; else it is the newest.
@@ -45,10 +53,22 @@ def evaluate(config: Mapping[str, Any] | None, workdir: str | Path) -> dict[str,
 
     Raises:
       CheckpointError: if the workdir has no config or no checkpoint that can be read.
-      ValueError: if `config` has another model than the run, or a field that is not valid.
+      ValueError: if `config` has another model than the run, a field that is not valid, or a mesh that does not fit.
     """
-    run = restore(config, workdir)
-    return evaluate_variables(run.config, run.model, run.variables, workdir, step=run.step)
+    chosen = _chosen(config, workdir)
+    mesh = _mesh_of(chosen) if config is not None else _mesh_here(chosen)
+    share = Share.of(mesh, chosen["data"]["batch_size"])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
+        run = restore(config, workdir, mesh)
+        return evaluate_variables(
+            run.config,
+            run.model,
+            run.variables,
+            workdir,
+            step=run.step,
+            rows=share.rows.tolist(),
+            on_devices=share.on_devices,
+        )
 
 
 class Restored(NamedTuple):
@@ -67,14 +87,50 @@ class Restored(NamedTuple):
     step: int
 
 
-def restore(config: Mapping[str, Any] | None, workdir: str | Path) -> Restored:
-    """The model of a run with the variables of a checkpoint; arguments and errors are those of `evaluate`."""
-    trained = plain_config(checkpoint.load_config(workdir))
-    config = trained if config is None else plain_config(config)
-    _check_same_model(trained["model"], config["model"], workdir)
+def restore(
+    config: Mapping[str, Any] | None, workdir: str | Path, mesh: Mesh | None = None
+) -> Restored:
+    """The model of a run with the variables of a checkpoint.
+
+    Args:
+      config: as for `evaluate`, as are the errors.
+      workdir: of the run.
+      mesh: what the variables are split over, as in training; None puts them on the first device.
+    """
+    config = _chosen(config, workdir)
     step = config.get("evaluation", {}).get("step")
-    variables, step = checkpoint.restore_variables(workdir, step)
+    shardings = mesh and functools.partial(sharding.state_shardings, mesh=mesh)
+    variables, step = checkpoint.restore_variables(workdir, step, shardings)
     return Restored(config, models.create(**config["model"]).at_step(step), variables, step)
+
+
+def _chosen(config: Mapping[str, Any] | None, workdir: str | Path) -> dict[str, Any]:
+    """The config of the evaluation, as plain values."""
+    trained = plain_config(checkpoint.load_config(workdir))
+    if config is None:
+        return trained
+    config = plain_config(config)
+    _check_same_model(trained["model"], config["model"], workdir)
+    return config
+
+
+def _mesh_of(config: Mapping[str, Any]) -> Mesh:
+    """The mesh of a config; raises ValueError if it does not fit the devices or the batches."""
+    mesh = sharding.make_mesh(config.get("mesh", {}))
+    sharding.check_batch(config["data"]["batch_size"], config["data"]["seq_len"], mesh)
+    return mesh
+
+
+def _mesh_here(config: Mapping[str, Any]) -> Mesh:
+    """The mesh of a config, or one for the devices that are here if that does not fit them."""
+    try:
+        return _mesh_of(config)
+    except ValueError as error:
+        count = math.gcd(config["data"]["batch_size"], jax.device_count())
+        logger.warning(
+            "%s; evaluating on %d of the devices here, mesh.fsdp=%d", error, count, count
+        )
+        return sharding.make_mesh({"fsdp": count})
 
 
 def evaluate_variables(

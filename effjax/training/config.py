@@ -46,7 +46,7 @@ def default(model: str, **overrides: Any) -> ml_collections.ConfigDict:
         "keep": 2,
         "keep_best": True,
     }
-    config.mesh = {"data": -1, "fsdp": 1, "tensor": 1, "expert": 1, "context": 1}
+    config.mesh = dict.fromkeys(sharding.MESH_AXES, 1) | {"data": -1}
     config.evaluation = {
         "step": config_dict.placeholder(int),  # of the checkpoint; none is the newest
         "num_batches": 256,
@@ -163,15 +163,36 @@ def check(config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None
             f"model.vocab_size={model['vocab_size']} is smaller than the tokenizer's; valid: {vocab_size} or more"
         )
     mesh = sharding.make_mesh(config["mesh"], devices)
-    parts = sharding.batch_shards(mesh) * training["accumulation_steps"]
-    if batch_size % parts:
+    sharding.check_batch(
+        batch_size, config["data"]["seq_len"], mesh, training["accumulation_steps"]
+    )
+    if mesh.shape["pipeline"] > 1:
+        _check_pipeline(config, mesh)
+
+
+def _check_pipeline(config: Mapping[str, Any], mesh: jax.sharding.Mesh) -> None:
+    """Raises ValueError if the layers or the rows do not divide into the stages of the mesh."""
+    stages, model = mesh.shape["pipeline"], models.create(**config["model"])
+    where, count = f"mesh.pipeline={stages}", model.num_microbatches
+    if not model.scan_layers:
+        raise ValueError(f"{where} with model.scan_layers=False; valid: True, or mesh.pipeline=1")
+    if count is None or count < 1 or count % stages:
         raise ValueError(
-            f"data.batch_size={batch_size}; valid: a multiple of {parts} "
-            f"(mesh axes data x fsdp x expert, times training.accumulation_steps)"
+            f"{where} with model.num_microbatches={count}; valid: a multiple of {stages} (of M, stages have no work in "
+            f"{stages - 1} / (M + {stages - 1}) of the time)"
         )
-    if config["data"]["seq_len"] % mesh.shape["context"]:
+    for stack in model.depth.repeated(model.stack()):
+        if stack.num_repeats % stages:
+            raise ValueError(
+                f"{where} with model.num_layers={model.num_layers}, which model.mixers and "
+                f"model.depth={config['model']['depth']['name']!r} make a stack of {stack.num_repeats} repeats of; "
+                f"valid: repeats that {stages} divides"
+            )
+    parts = sharding.batch_shards(mesh) // stages * count * config["training"]["accumulation_steps"]
+    if config["data"]["batch_size"] % parts:
         raise ValueError(
-            f"data.seq_len={config['data']['seq_len']}; valid: a multiple of mesh.context={mesh.shape['context']}"
+            f"data.batch_size={config['data']['batch_size']}; valid: a multiple of {parts} (mesh axes data x fsdp x "
+            "expert, times model.num_microbatches, times training.accumulation_steps)"
         )
 
 

@@ -88,6 +88,20 @@ def batch_shards(mesh: Mesh) -> int:
     return int(np.prod([mesh.shape[axis] for axis in dict(AXIS_RULES)["batch"]]))
 
 
+def check_batch(batch_size: int, seq_len: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
+    """Raises ValueError unless the mesh cuts batches of that size into equal parts, a micro-batch at a time."""
+    parts = batch_shards(mesh) * accumulation_steps
+    if batch_size % parts:
+        raise ValueError(
+            f"data.batch_size={batch_size}; valid: a multiple of {parts} "
+            f"(mesh axes {' x '.join(dict(AXIS_RULES)['batch'])}, times training.accumulation_steps)"
+        )
+    if seq_len % mesh.shape["context"]:
+        raise ValueError(
+            f"data.seq_len={seq_len}; valid: a multiple of mesh.context={mesh.shape['context']}"
+        )
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Where a batch lives: rows split, everything else whole."""
     return NamedSharding(mesh, PartitionSpec(dict(AXIS_RULES)["batch"]))

@@ -17,6 +17,7 @@ from matplotlib.image import imread
 from effjax import data, evaluation, models
 from effjax.checkpoint import CheckpointError, Checkpoints, save_config
 from effjax.evaluation.heldout import evaluate_language_model
+from effjax.training.sharding import make_mesh
 from effjax.training.state import init_state
 
 SMALL = {"d_model": 16, "ffn": {"hidden_dim": 16}, "max_seq_len": 64}
@@ -63,8 +64,10 @@ def text_source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(text_source, tmp_path_factory):
-    """(config, workdir, report) of a Mixture-of-Recursions with two checkpoints, evaluated once."""
-    config = config_of("mor", text_source, num_layers=5)
+    """(config, workdir, report) of a Mixture-of-Recursions with two checkpoints, evaluated once on a mesh."""
+    config = config_of("mor", text_source, num_layers=5) | {
+        "mesh": {"data": 2, "fsdp": 2, "tensor": 2}
+    }
     workdir = tmp_path_factory.mktemp("runs") / "mor"
     save_run(config, workdir, steps=(3, 7))
     return config, workdir, evaluation.evaluate(None, workdir)
@@ -94,7 +97,7 @@ def test_numbers_are_those_of_the_checkpoint_on_the_first_heldout_batches(run):
     found = evaluate_language_model(
         model, state_of(model, 7).variables(), batches, tokenizer.token_num_bytes
     )
-    assert report["heldout"]["loss"] == pytest.approx(found.loss, rel=1e-6)
+    assert report["heldout"]["loss"] == pytest.approx(found.loss, rel=1e-5)
     assert report["heldout"]["tokens"] == found.token_counts.sum()
     # About what random parameters give: a byte costs a byte, and n-grams of 20 words less.
     assert 6 < report["heldout"]["bits_per_byte"] < 12
@@ -126,6 +129,30 @@ def test_an_earlier_checkpoint_can_be_chosen(run):
     assert earlier["heldout"]["loss"] != report["heldout"]["loss"]
     with pytest.raises(CheckpointError, match=r"step 5 .* 3, 7"):
         evaluation.evaluate(config | {"evaluation": EVALUATION | {"step": 5}}, workdir)
+
+
+def test_parameters_are_split_over_the_mesh(run):
+    _, workdir, _ = run
+    mesh = make_mesh({"fsdp": 2, "tensor": 2})
+    split = evaluation.restore(None, workdir, mesh).variables
+    whole = evaluation.restore(None, workdir).variables
+    for x, want in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+        assert x.sharding.mesh == mesh
+        np.testing.assert_array_equal(x, want)
+    kernel = split["params"]["depth"]["first"]["blocks_0"]["mixer"]["query"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size / 4
+
+
+def test_a_mesh_that_does_not_fit_is_an_error_if_it_was_asked_for(run, caplog):
+    config, workdir, report = run
+    wrong = config | {"mesh": {"data": 3}}
+    with pytest.raises(ValueError, match=r"data\.batch_size=4; valid: a multiple of 3"):
+        evaluation.evaluate(wrong, workdir)
+    save_config(workdir, wrong)  # as if it had been trained on another machine
+    found = evaluation.evaluate(None, workdir)
+    save_config(workdir, config)
+    assert "evaluating on 4 of the devices here, mesh.fsdp=4" in caplog.text
+    assert found["heldout"]["loss"] == pytest.approx(report["heldout"]["loss"], rel=1e-5)
 
 
 def test_another_model_than_the_trained_one_is_an_error(run):

@@ -25,8 +25,8 @@ ROOT = HERE.parents[1]
 
 
 @contextlib.contextmanager
-def processes(workdir, folders, *flags, stop_at=""):
-    """`train.py` in one process of one device for each of `folders`, which train together."""
+def processes(workdir, folders, *flags, stop_at="", program="train.py"):
+    """The program in one process of one device for each of `folders`, all of them together."""
     with socket.socket() as listener:
         listener.bind(("localhost", 0))
         address = f"localhost:{listener.getsockname()[1]}"
@@ -34,7 +34,7 @@ def processes(workdir, folders, *flags, stop_at=""):
     try:
         for i, argument in enumerate(folders):
             command = [
-                *(sys.executable, ROOT / "train.py", "--distributed"),
+                *(sys.executable, ROOT / program, "--distributed"),
                 f"--config={HERE / 'watched_recipe.py'}:{argument}",
                 f"--workdir={workdir}",
                 f"--distributed.coordinator_address={address}",
@@ -137,8 +137,9 @@ def test_four_processes_on_two_axes_do_a_whole_run(tmp_path, folders):
     with processes(tmp_path / "four", [folders] * 4, "--config.mesh.tensor=2") as started:
         outputs = [process.communicate() for process in started]
         assert [process.returncode for process in started] == [0] * 4, outputs
+    # The first reads them all at the end, for the n-grams that losses are compared with.
     streams = [{index % 4 for index in read_documents(folders, process)} for process in range(4)]
-    assert streams == [{0, 1}, {0, 1}, {2, 3}, {2, 3}]
+    assert streams == [{0, 1, 2, 3}, {0, 1}, {2, 3}, {2, 3}]
     training.fit(config, tmp_path / "one")
     assert_same_curve(curve(tmp_path / "four"), curve(tmp_path / "one"))
     summaries = [
@@ -152,6 +153,14 @@ def test_four_processes_on_two_axes_do_a_whole_run(tmp_path, folders):
     ]
     assert reports[0]["token_depth"] == reports[1]["token_depth"]
     assert reports[0]["plots"] == reports[1]["plots"]
+    with processes(
+        tmp_path / "one", [folders] * 2, "--config.mesh.data=2", program="eval.py"
+    ) as started:
+        outputs = [process.communicate() for process in started]
+        assert [process.returncode for process in started] == [0, 0], outputs
+    assert "wrote" in outputs[0][0] and "wrote" not in outputs[1][0]
+    again = json.loads((tmp_path / "one" / "report.json").read_text())
+    np.testing.assert_allclose(again["heldout"]["loss"], reports[1]["heldout"]["loss"], rtol=1e-5)
     one, other = (checkpoint.restore_variables(tmp_path / name)[0] for name in ("four", "one"))
     for (path, leaf), (_, expected) in zip(leaves(one), leaves(other), strict=True):
         np.testing.assert_allclose(leaf, expected, rtol=1e-4, atol=1e-6, err_msg=str(path))
