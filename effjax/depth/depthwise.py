@@ -56,6 +56,10 @@ class Depthwise(nn.Module):
         """How the layers become recursions."""
         raise NotImplementedError
 
+    def repeated(self, stack: Stack) -> tuple[Stack, ...]:
+        """The stacks that the stages of a pipeline hold the repeats of: those of the recursions."""
+        return tuple(stack.take(layers) for layers in self.layout(stack).shared)
+
     def num_states(self) -> int:
         """How many of the recursions, from the first on, keep a decode state; later ones read that of the first."""
         raise NotImplementedError

@@ -56,7 +56,8 @@ class MixtureOfRecursions(Depthwise):
         """The policy as it is at a training step: the routing's capacities move along their warm-up."""
         if not hasattr(self.routing, "at_step"):
             return self
-        return self.clone(routing=self.routing.at_step(step))
+        routing = self.routing.at_step(step)
+        return self if routing == self.routing else self.clone(routing=routing)
 
     def init_state(
         self, stack: Stack, batch_size: int, max_length: int, d_model: int, dtype="float32"
@@ -70,6 +71,15 @@ class MixtureOfRecursions(Depthwise):
         """
         size = (batch_size, max_length, d_model, dtype)
         return self.layout(stack).init_state(stack, self.num_states(), *size)
+
+    def repeated(self, stack: Stack) -> tuple[Stack, ...]:
+        """As for `Depthwise`; ValueError where later recursions read what a pipeline does not keep."""
+        if self.kv_sharing == "shared":
+            raise ValueError(
+                "kv_sharing='shared' with a pipeline, which keeps no keys and values for later recursions; valid: "
+                "kv_sharing='recursion_wise', or mesh.pipeline=1"
+            )
+        return super().repeated(stack)
 
     def num_states(self) -> int:
         """As `kv_sharing` says."""
@@ -96,6 +106,8 @@ class MixtureOfRecursions(Depthwise):
           ValueError: for layers that do not divide into the recursions, or for `kv_sharing="shared"` with
             blocks that cannot share their state.
         """
+        if self.kv_sharing == "shared":
+            stack = stack.clone(num_microbatches=None)
         first, recursions, last = self.layout(stack).bind(stack, self)
         given = RecursiveState(None, None, None) if state is None else state
         everywhere = {"positions": positions, "segment_ids": segment_ids, "train": train}

@@ -13,6 +13,10 @@ from effjax.registry import register
 class Plain(nn.Module):
     """The ordinary Transformer: all layers, in order, with parameters of their own."""
 
+    def repeated(self, stack: Stack) -> tuple[Stack, ...]:
+        """The stacks that the stages of a pipeline hold the repeats of: that of all layers."""
+        return (stack,)
+
     def init_state(
         self, stack: Stack, batch_size: int, max_length: int, d_model: int, dtype="float32"
     ) -> tuple:

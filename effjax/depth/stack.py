@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from effjax import registry
+from effjax.depth import pipeline
 from effjax.depth.block import Block
 from effjax.nn import scalars
 from pallas_kernels import residuals
@@ -59,19 +60,28 @@ class Stack(nn.Module):
         flags write `none`, is "none".
       scan_layers: compile one repeat of the layer pattern and scan over the repeats, with parameters stacked on
         a leading axis. Compile time no longer grows with depth.
+      num_microbatches: micro-batches that a batch is cut into where the mesh in use has a pipeline, whose stages hold
+        the repeats of the pattern (`depth.pipeline`); a multiple of the stages. It needs `scan_layers`. With a decode
+        state there is no pipeline: each device gets all layers, one after the other.
     """
 
     blocks: tuple[Block, ...]
     remat: str | None = "none"
     scan_layers: bool = False
+    num_microbatches: int | None = None
 
     def __len__(self) -> int:
         return len(self.blocks)
 
+    @property
+    def num_repeats(self) -> int:
+        """How often the pattern of blocks occurs."""
+        return len(self.blocks) // pattern_period(self.blocks)
+
     def take(self, indices: Iterable[int]) -> "Stack":
         """An unbound stack of copies of those blocks, for a policy to bind by `clone(parent=..., name=...)`."""
         blocks = tuple(fresh(self.blocks[i]) for i in indices)
-        return Stack(blocks, self.remat, self.scan_layers, parent=None)
+        return Stack(blocks, self.remat, self.scan_layers, self.num_microbatches, parent=None)
 
     def flops_per_token(self, d_model: int, context: int) -> float:
         """Forward FLOPs per token of one pass through every block with nothing skipped."""
@@ -88,8 +98,7 @@ class Stack(nn.Module):
         )
         if not self.scan_layers:
             return states
-        repeats = len(self.blocks) // period
-        return jax.tree.map(lambda a: jnp.broadcast_to(a, (repeats, *a.shape)), states)
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (self.num_repeats, *a.shape)), states)
 
     @nn.compact
     def __call__(
@@ -120,7 +129,10 @@ class Stack(nn.Module):
         return nn.remat(function, policy=REMAT_POLICIES[self.remat], static_argnums=(5,))
 
     def _scan(self, x, positions, segment_ids, states, train):
-        period = pattern_period(self.blocks)
+        period, repeats = pattern_period(self.blocks), self.num_repeats
+        may_pipeline = states is None and not self.is_initializing()
+        if may_pipeline and pipeline.takes(len(x), repeats, self.num_microbatches):
+            return self._pipelined(x, positions, segment_ids, train)
         group = _Group(
             tuple(fresh(b) for b in self.blocks[:period]), self.remat, parent=self, name="groups"
         )
@@ -133,10 +145,42 @@ class Stack(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True, "routing": True, "dropout": True},
-            length=len(self.blocks) // period,
+            length=repeats,
         )
         x, (new_states, aux) = scan(group, x, states)
         return x, new_states, scalars.collapse(aux)
+
+    def _pipelined(self, x, positions, segment_ids, train):
+        """As `_scan` without states; keys differ from micro-batch to micro-batch."""
+        repeat = self.take(range(pattern_period(self.blocks))).clone(scan_layers=False)
+        keys = {
+            name: jax.random.split(self.make_rng(name), self.num_repeats)
+            for name in ("routing", "dropout")
+            if self.has_rng(name)
+        }
+
+        def stage(step, layers, rows):
+            x, positions, segment_ids = rows
+
+            def layer(x, given):
+                params, keys = given
+                rngs = {name: jax.random.fold_in(key, step) for name, key in keys.items()}
+                x, _, aux = repeat.apply(
+                    {"params": params},
+                    x,
+                    positions=positions,
+                    segment_ids=segment_ids,
+                    train=train,
+                    rngs=rngs,
+                )
+                return x, aux
+
+            x, aux = jax.lax.scan(layer, x, layers)
+            return (x, positions, segment_ids), scalars.collapse(aux)
+
+        layers, rows = (self.variables["params"], keys), (x, positions, segment_ids)
+        (x, *_), reports = pipeline.run(stage, layers, rows, self.num_microbatches)
+        return x, None, pipeline.of_batch(reports, segment_ids)
 
 
 class _Group(nn.Module):

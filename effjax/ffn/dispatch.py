@@ -9,11 +9,11 @@ its rows lie past the last group.
 
 from collections.abc import Callable
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from effjax.nn import constrain
 from effjax.routing.placement import Placement, by_capacity, by_expert
 from effjax.routing.top_k import Assignment
 from pallas_kernels import grouped_matmul
@@ -46,9 +46,9 @@ def capacity(
     num_experts = assignment.num_experts
     placement = jax.vmap(lambda i: by_capacity(i, num_experts, num_rows))(assignment.indices)
     buffers = jax.vmap(to_rows)(x, placement).reshape(x.shape[0], num_experts, num_rows, -1)
-    buffers = _hand_over(buffers, "batch", None, to=("expert", "group"))
+    buffers = _hand_over(buffers, "batch _ _ _", to="expert group _ _")
     outputs = apply_experts(buffers, lambda rows, w: jnp.einsum("ebcd,edf->ebcf", rows, w))
-    outputs = _hand_over(outputs, "expert", "group", to=("batch", None))
+    outputs = _hand_over(outputs, "expert group _ _", to="batch _ _ _")
     outputs = outputs.reshape(x.shape[0], num_experts * num_rows, -1)
     choices = jax.vmap(from_rows)(outputs, placement)
     return combine(choices, assignment.weights), placement.kept
@@ -101,13 +101,12 @@ from_rows.defvjp(
 )
 
 
-def _hand_over(buffers: Float[Array, "X Y C D"], *held: str | None, to: tuple[str | None, ...]):
+def _hand_over(buffers: Float[Array, "X Y C D"], held: str, to: str):
     """Swaps the first two axes, and on a mesh moves the buffers from one sharding to another.
 
     Both shardings are stated, so that the compiler finds the all-to-all in the backward pass too.
     """
-    buffers = nn.with_logical_constraint(buffers, (*held, None, None))
-    return nn.with_logical_constraint(jnp.swapaxes(buffers, 0, 1), (*to, None, None))
+    return constrain(jnp.swapaxes(constrain(buffers, held), 0, 1), to)
 
 
 def _take(x: Float[Array, "N D"], index) -> Float[Array, "... D"]:

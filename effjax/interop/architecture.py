@@ -22,6 +22,7 @@ _FREE += (
     "implementation",
     "init_scale",
     "jitter",
+    "num_microbatches",
     "pooler",
     "remat",
     "scan_layers",

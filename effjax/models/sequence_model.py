@@ -76,6 +76,7 @@ class SequenceModel(nn.Module):
       dtype: compute dtype; parameters stay float32.
       remat: activations that the backward pass recomputes (`depth.stack.REMAT_POLICIES`).
       scan_layers: scan over layers with stacked parameters instead of unrolling them.
+      num_microbatches: micro-batches of a batch on a mesh with a pipeline, which scanned layers are (`depth.Stack`).
     """
 
     vocab_size: int = 260
@@ -92,6 +93,7 @@ class SequenceModel(nn.Module):
     dtype: str = "float32"
     remat: str | None = "none"
     scan_layers: bool = False
+    num_microbatches: int | None = None
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -113,7 +115,7 @@ class SequenceModel(nn.Module):
             )
             for i in range(self.num_layers)
         )
-        return Stack(blocks, self.remat, self.scan_layers, parent=None)
+        return Stack(blocks, self.remat, self.scan_layers, self.num_microbatches, parent=None)
 
     def at_step(self, step: int) -> "SequenceModel":
         """The model as it is at a training step: parts with a schedule of static fields (capacities) move along it."""

@@ -27,7 +27,7 @@ from effjax.models.layer_tying import tied_layers
 from effjax.models.sequence_model import SequenceModel
 
 # Fields that decide how a model is computed and trained, and not what it computes.
-_FREE = ("chunk_size", "dtype", "implementation", "remat", "scan_layers")
+_FREE = ("chunk_size", "dtype", "implementation", "num_microbatches", "remat", "scan_layers")
 
 # Parameters that a model to start from need not have.
 _FRESH = re.compile(r"depth/routing/.*|.*/ffn/(router/kernel|balance_bias)")

@@ -47,7 +47,12 @@ def on_shards(function: Callable, axes: tuple, out_axes: Any) -> Callable:
             (axis_name,) = time
             local = functools.partial(function, axis_name=axis_name)
         return jax.shard_map(
-            local, in_specs=jax.tree.map(spec, names), out_specs=jax.tree.map(spec, out_axes)
+            local,
+            in_specs=jax.tree.map(spec, names),
+            out_specs=jax.tree.map(spec, out_axes),
+            axis_names=set(_left(mesh)),
+            # Within another shard_map the backward pass would ask for residuals along that one's axes too (jax 0.12).
+            check_vma=AxisType.Manual not in mesh.axis_types,
         )(*arguments)
 
     return call
@@ -75,19 +80,41 @@ def is_split() -> bool:
     return _is_split(mesh, _rules(mesh))
 
 
+def num_parts(axis: str) -> int:
+    """Parts that a logical axis is split into, by the mesh and the rules in use."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rules = _rules(mesh)
+    if not _is_split(mesh, rules):
+        return 1
+    return math.prod(mesh.shape[over] for over in rules.get(axis, ()))
+
+
+def mesh_axis(axis: str) -> str:
+    """The one mesh axis that a logical axis is split over."""
+    (over,) = _rules(jax.sharding.get_abstract_mesh())[axis]
+    return over
+
+
 def _is_split(mesh, rules: dict) -> bool:
-    """Whether a program is split over several devices by the compiler, and not by its author."""
-    auto = all(kind == AxisType.Auto for kind in mesh.axis_types)
-    return not mesh.empty and mesh.size > 1 and bool(rules) and auto
+    """Whether a program is split over several devices by the compiler, along the axes that its author left to it."""
+    if mesh.empty or AxisType.Explicit in mesh.axis_types:
+        return False
+    return bool(rules) and math.prod(mesh.shape[axis] for axis in _left(mesh)) > 1
+
+
+def _left(mesh) -> tuple[str, ...]:
+    """The mesh axes that the program is not written for the devices along, as in `jax.shard_map` it is."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return tuple(axis for axis, kind in kinds if kind != AxisType.Manual)
 
 
 def _rules(mesh) -> dict[str, tuple[str, ...]]:
     """The mesh axes that each logical axis is split over, as far as the mesh has them."""
-    rules = {}
+    rules, left = {}, _left(mesh)
     for axis, over in nn.get_logical_axis_rules():
         over = (over,) if isinstance(over, str) else over or ()
-        if over and set(over) <= set(mesh.axis_names):
-            rules[axis] = tuple(over)
+        if set(over) <= set(mesh.axis_names) and set(over) & set(left):
+            rules[axis] = tuple(x for x in over if x in left)
     return rules
 
 

@@ -18,9 +18,9 @@ logger = logging.getLogger(__name__)
 
 # The memory of a host that its devices can copy to and from at full speed.
 HOST_MEMORY = "pinned_host"
-MESH_AXES = ("data", "fsdp", "tensor", "expert", "context")
+MESH_AXES = ("pipeline", "data", "fsdp", "tensor", "expert", "context")
 
-# Logical axes of the trailing dimensions of each parameter; leading ones (scanned layers) are not split.
+# Logical axes of the trailing dimensions of each parameter. A leading one is that of scanned layers.
 PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embed/embedding", ("vocab", "embed")),
     (r"embed/(position|type)", (None, "embed")),
@@ -34,12 +34,15 @@ PARAMETER_AXES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(router|step|step_down|B|C)/kernel", ("embed", None)),
     (r"step_up/kernel", (None, "mlp")),
     (r"conv", (None, "mlp")),
+    (r"\w*(scale|bias)|D", (None,)),
     (r"kernel", ("embed", None)),  # the last resort: a matrix that no line above knows
 )
 
+_OF_LAYERS = r"blocks_\d+/.*"
+
 # Logical to mesh axes; `batch` is the leading dimension of activations, `group` that of expert buffers.
 AXIS_RULES: tuple[tuple[str, Any], ...] = (
-    ("batch", ("data", "fsdp", "expert")),
+    ("batch", ("data", "fsdp", "expert", "pipeline")),
     ("group", ("data", "fsdp")),  # rows on their way to experts, which take the expert axis
     ("vocab", "tensor"),
     ("embed", "fsdp"),
@@ -47,6 +50,7 @@ AXIS_RULES: tuple[tuple[str, Any], ...] = (
     ("mlp", "tensor"),
     ("expert", "expert"),
     ("length", "context"),  # rows too long for one device
+    ("stage", "pipeline"),  # scanned layers; around them a stage has rows of its own, as above
 )
 
 
@@ -149,12 +153,16 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
         shape
     ):  # factored moments (adafactor) lack a dimension of their parameter
         return PartitionSpec()
-    spec = [None] * (len(shape) - len(logical)) + [rules.get(axis) for axis in logical]
+    leading = [None] * (len(shape) - len(logical))
+    if logical and len(leading) == 1 and pytree.matches(_OF_LAYERS, path):
+        leading = [rules["stage"]]
+    spec = leading + [rules.get(axis) for axis in logical]
     for i, axis in enumerate(spec):
         if axis is not None and shape[i] % mesh.shape[axis]:
-            logger.warning(
-                "%s: dimension %d of size %d is kept whole, mesh axis %r of size %d does not divide it",
-                path, i, shape[i], axis, mesh.shape[axis],
-            )  # fmt: skip
+            if shape[i] > 1:
+                logger.warning(
+                    "%s: dimension %d of size %d is kept whole, mesh axis %r of size %d does not divide it",
+                    path, i, shape[i], axis, mesh.shape[axis],
+                )  # fmt: skip
             spec[i] = None
     return PartitionSpec(*spec)

@@ -48,7 +48,7 @@ def test_each_device_holds_its_share_of_the_state_and_the_batch():
 @needs_libtpu
 def test_a_sharded_step_runs_on_the_tpu_kernels():
     """Convolution, linear attention and window: BASED on 2 x 2 chips, parameters and heads split."""
-    mesh = topology.mesh("v5e:2x2", (1, 2, 2, 1, 1), sharding.MESH_AXES)
+    mesh = topology.mesh("v5e:2x2", (1, 1, 2, 2, 1, 1), sharding.MESH_AXES)
     config = tiny("based")
     config.model.num_layers = 3
     found = kernels(lower_config(configs.resolve(config), mesh).compile())
@@ -59,7 +59,7 @@ def test_a_sharded_step_runs_on_the_tpu_kernels():
 
 @pytest.mark.slow
 @needs_libtpu
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (1, 2, 2, 1, 1)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1), (1, 1, 2, 2, 1, 1)])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_compiles_for_tpu_through_the_kernels(recipe, shape):
     chips = "v5e" if math.prod(shape) == 1 else "v5e:2x2"

@@ -100,15 +100,20 @@ def test_every_matrix_has_logical_axes(name):
         assert is_small or any(pytree.matches(pattern, path) for pattern in named), path
 
 
-def test_specs_follow_the_table_and_leave_scanned_axes_whole():
-    mesh = sharding.make_mesh({"fsdp": 2, "tensor": 2, "expert": 2})
+def test_specs_follow_the_table_and_scanned_axes_are_stages():
+    mesh = sharding.make_mesh({"pipeline": 2, "fsdp": 2, "tensor": 2})
 
     def spec(path, shape):
         return tuple(sharding.parameter_spec(path, shape, mesh))
 
     assert spec("depth/layers/blocks_0/mixer/query/kernel", (8, 16)) == ("fsdp", "tensor")
-    assert spec("depth/layers/blocks_0/mixer/query/kernel", (3, 8, 16)) == (None, "fsdp", "tensor")
+    scanned = "depth/layers/blocks_0/mixer/query/kernel"
+    assert spec(scanned, (4, 8, 16)) == ("pipeline", "fsdp", "tensor")
+    assert spec(scanned, (3, 8, 16)) == (None, "fsdp", "tensor")
+    assert spec("depth/layers/blocks_0/mixer_norm/scale", (4, 8)) == ("pipeline", None)
     assert spec("x/ffn/experts/down", (4, 16, 8)) == ("expert", "tensor", "fsdp")
+    blocks = "depth/layers/blocks_1/ffn/experts/down"
+    assert spec(blocks, (2, 4, 16, 8)) == ("pipeline", "expert", "tensor", "fsdp")
     assert spec("embed/embedding", (32, 8)) == ("tensor", "fsdp")
     assert spec("final_norm/scale", (8,)) == (None,)
     assert spec("mu/x/out/kernel", (16, 8)) == ("tensor", "fsdp")  # moments follow their parameter
@@ -127,7 +132,10 @@ def test_a_dimension_that_does_not_divide_is_kept_whole_and_logged(caplog):
         ({"data": -1, "tensor": 3}, "needs a multiple of 3 devices, and there are 8"),
         ({"data": -1, "fsdp": -1}, "at most one -1"),
         ({"data": 0}, "positive numbers"),
-        ({"model": 2}, "unknown axis 'model'; valid: data, fsdp, tensor, expert, context"),
+        (
+            {"model": 2},
+            "unknown axis 'model'; valid: pipeline, data, fsdp, tensor, expert, context",
+        ),
     ],
 )
 def test_meshes_that_do_not_fit_are_refused(sizes, message):
@@ -137,5 +145,5 @@ def test_meshes_that_do_not_fit_are_refused(sizes, message):
 
 def test_one_axis_takes_what_is_left():
     mesh = sharding.make_mesh({"data": -1, "tensor": 2})
-    assert dict(mesh.shape) == {"data": 4, "fsdp": 1, "tensor": 2, "expert": 1, "context": 1}
+    assert dict(mesh.shape) == dict.fromkeys(sharding.MESH_AXES, 1) | {"data": 4, "tensor": 2}
     assert sharding.batch_shards(mesh) == 4
