@@ -4,6 +4,6 @@ report = effjax.evaluation.evaluate(None, "runs/mor")
 """
 
 from effjax.evaluation.continuation import continue_text
-from effjax.evaluation.run import evaluate, evaluate_variables
+from effjax.evaluation.run import Restored, evaluate, evaluate_variables, restore
 
-__all__ = ["continue_text", "evaluate", "evaluate_variables"]
+__all__ = ["Restored", "continue_text", "evaluate", "evaluate_variables", "restore"]

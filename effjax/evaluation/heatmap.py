@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.collections import PathCollection, PolyCollection
-from matplotlib.colors import BoundaryNorm, Colormap, Normalize, to_hex
+from matplotlib.colors import BoundaryNorm, Colormap, ListedColormap, Normalize, to_hex
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.path import Path as Outline
@@ -24,10 +24,13 @@ _CELL = (0.09, 0.18)  # width and height in inches
 _FONT = FontProperties(family="DejaVu Sans Mono")  # comes with matplotlib
 _FONT_SIZE = 1.5  # in cell widths; a glyph is 0.6 of its size wide
 _MOST_CLASSES = 12  # whole numbers with more values than this get a continuous scale
+# The light part of ColorBrewer's yellow to blue: black text stays legible on all of it, and it darkens throughout,
+# so that the order of the numbers is seen in grey and by colour-blind readers too.
+_LIGHT = ListedColormap(colormaps["YlGnBu"](np.linspace(0, 0.5, 256)))
 
 
 class Scale:
-    """Numbers to colours of viridis: a class for each whole number if they are few, else continuous.
+    """Numbers to light colours: a class for each whole number if they are few, else continuous.
 
     Attributes:
       classes: the whole numbers from the smallest to the largest, or None.
@@ -40,11 +43,11 @@ class Scale:
         if whole and high - low < _MOST_CLASSES:
             self.classes = [int(low) + i for i in range(int(high - low) + 1)]
             bounds = np.arange(low - 0.5, high + 1)
-            colours = colormaps["viridis"].resampled(max(len(self.classes), 2))
+            colours = _LIGHT.resampled(max(len(self.classes), 2))
             # A single class still needs two bounds; it takes the middle of the map.
             self.norm: Normalize = BoundaryNorm(bounds, max(len(self.classes), 1))
         else:
-            colours = colormaps["viridis"]
+            colours = _LIGHT
             self.norm = Normalize(low, high if high > low else low + 1.0)
         self.colours: Colormap = colours
 
@@ -60,7 +63,7 @@ def text_heatmap(
     title: str,
     label: str,
     columns: int = 96,
-    max_rows: int = 48,
+    max_rows: int = 32,
 ) -> list[Path]:
     """Writes `path` (PNG) and the same picture as HTML beside it.
 
@@ -105,10 +108,8 @@ def figure(cells: Sequence[Cell], scale: Scale, title: str, label: str) -> Figur
     axes.axis("off")
     backgrounds = [scale(cell.value) for cell in cells]
     axes.add_collection(PolyCollection([_box(cell) for cell in cells], facecolors=backgrounds))
-    inked = [cell for cell in cells if cell.text != " "]
-    outlines = [_outline(cell) for cell in inked]
-    inks = [ink(scale(cell.value)) for cell in inked]
-    axes.add_collection(PathCollection(outlines, facecolors=inks, edgecolors="none"))
+    outlines = [_outline(cell) for cell in cells if cell.text != " "]
+    axes.add_collection(PathCollection(outlines, facecolors="black", edgecolors="none"))
     picture.text(margin / size[0], 1 - 0.28 / size[1], title, fontsize=11, weight="bold")
     bar = picture.add_axes((margin / size[0], 1 - 0.6 / size[1], 2.6 / size[0], 0.14 / size[1]))
     colours = picture.colorbar(
@@ -139,7 +140,7 @@ def page_of(cells: Sequence[Cell], scale: Scale, title: str, label: str) -> str:
 <style>
 body {{ font-family: sans-serif; margin: 2em; background: white; color: #222 }}
 pre {{ font: 14px/1.45 monospace }}
-b {{ font-weight: normal }}
+b {{ font-weight: normal; color: black }}
 </style></head><body>
 <h1 style="font-size: 1.2em">{html.escape(title)}</h1>
 <p>{legend} {html.escape(label)}</p>
@@ -148,20 +149,12 @@ b {{ font-weight: normal }}
 """
 
 
-def ink(background: tuple[float, float, float]) -> str:
-    """Black or white, whichever contrasts more with a background (WCAG 2.1, relative luminance)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in background]
-    luminance = float(np.dot([0.2126, 0.7152, 0.0722], linear))
-    return "black" if (luminance + 0.05) / 0.05 > 1.05 / (luminance + 0.05) else "white"
-
-
 def _html_text(text: str) -> str:
     return text if len(text) == 1 else f"\\x{text}"
 
 
 def _style(scale: Scale, value: float) -> str:
-    colour = scale(value)
-    return f"background:{to_hex(colour)};color:{ink(colour)}"
+    return f"background:{to_hex(scale(value))}"
 
 
 def _box(cell: Cell) -> list[tuple[float, float]]:
