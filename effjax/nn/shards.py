@@ -109,17 +109,20 @@ def _left(mesh) -> tuple[str, ...]:
 
 
 def _rules(mesh) -> dict[str, tuple[str, ...]]:
-    """The mesh axes that each logical axis is split over, as far as the mesh has them."""
+    """The mesh axes that each logical axis is split over, as far as the mesh has them.
+
+    An axis of one device is none: what is the same along all others would else have to be shown to be so along it.
+    """
     rules, left = {}, _left(mesh)
     for axis, over in nn.get_logical_axis_rules():
         over = (over,) if isinstance(over, str) else over or ()
         if set(over) <= set(mesh.axis_names) and set(over) & set(left):
-            rules[axis] = tuple(x for x in over if x in left)
+            rules[axis] = tuple(x for x in over if x in left and mesh.shape[x] > 1)
     return rules
 
 
 def _spec(rules: dict, axes: str) -> PartitionSpec:
-    return PartitionSpec(*(rules.get(name) for name in axes.split()))
+    return PartitionSpec(*(rules.get(name) or None for name in axes.split()))
 
 
 def _is_named(axis: str, names: tuple) -> bool:

@@ -106,3 +106,35 @@ def test_called_as_it_is(mesh, rng, case):
         mesh = jax.make_mesh((1, 1, 1), mesh.axis_names, mesh.axis_types)
     rules = () if case == "no rules" else RULES
     assert shapes_seen(mesh, rules, x, axes=("batch heads",)) == [(8, 4)]
+
+
+def test_a_sum_over_an_axis_of_one_device_is_whole(rng):
+    """Also where it is traced again, as in a scan or where activations are recomputed."""
+    mesh = jax.make_mesh((2, 1), ("data", "context"), (jax.sharding.AxisType.Auto,) * 2)
+    x = rng.normal(size=(4, 6)).astype(np.float32)
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("batch", "data"), ("length", "context"))):
+        total = on_shards(lambda x: jnp.sum(x, axis=1), ("batch length",), "batch")
+        found = jax.jit(jax.checkpoint(total))(x)
+    np.testing.assert_allclose(found, x.sum(axis=1), rtol=1e-5)
+
+
+def test_within_a_shard_map_the_other_axes_are_split_and_differentiated(mesh, rng):
+    """What the author of the outer one has split is whole to the inner one."""
+    x = rng.normal(size=(4, 2)).astype(np.float32)
+    seen = []
+
+    def square(x):
+        seen.append(x.shape)
+        return x**2
+
+    def outer(x):
+        return on_shards(square, ("batch heads",), "batch heads")(x)
+
+    rows = jax.P("data")
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        split = jax.shard_map(
+            outer, in_specs=rows, out_specs=rows, axis_names={"data"}, check_vma=False
+        )
+        found = jax.jit(jax.grad(lambda x: jnp.sum(split(x))))(x)
+    assert set(seen) == {(1, 1)}
+    np.testing.assert_allclose(found, 2 * x, rtol=1e-6)
