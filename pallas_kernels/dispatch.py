@@ -66,7 +66,7 @@ class Implementation:
 
 
 def kernels_or_xla(
-    tpu: ModuleType,
+    tpu: str,
     xla: ModuleType,
     reference: ModuleType,
     op: str,
@@ -76,15 +76,15 @@ def kernels_or_xla(
     """The table of an op with kernels for TPU: those, XLA elsewhere, the reference, and the kernels interpreted.
 
     Args:
-        tpu: module with the kernels, the function `op`, which takes `interpret`, and `refuses`.
+        tpu: name of the module with the kernels, the function `op`, which takes `interpret`, and `refuses`. It is
+            imported when it is used, because Pallas takes longer to import than all else here.
         xla, reference: modules with the function `op`.
         op: name of the function.
-        gpu: name of a module like `tpu`, where there are kernels for GPU; it is imported when it is used, because their
-            part of Pallas takes twice as long to import as this package.
+        gpu: name of a module like `tpu`, where there are kernels for GPU.
         triton: name of a module like `tpu`, where there are Triton kernels; it may import Triton and jax_triton, which
             are extras.
     """
-    table = {"tpu": Implementation(getattr(tpu, op), platforms=("tpu",), refuses=tpu.refuses)}
+    table = {"tpu": _imported_later(tpu, op, ("tpu",))}
     if gpu is not None:
         table["gpu"] = on_gpu(gpu, op)
     if triton is not None:
@@ -105,15 +105,18 @@ def on_gpu(module: str, op: str) -> Implementation:
 
     They have been interpreted and compiled for GPUs, but not yet run or timed on one, and so have to be named.
     """
-    return Implementation(
-        _later(module, op), platforms=("gpu",), automatic=False, refuses=_later(module, "refuses")
-    )
+    return dataclasses.replace(_imported_later(module, op, ("gpu",)), automatic=False)
 
 
 def interpreted(kernels: Implementation) -> Implementation:
     """Kernels run by an interpreter, on any platform."""
     function = functools.partial(kernels.function, interpret=True)
     return dataclasses.replace(kernels, function=function, platforms=None, automatic=False)
+
+
+def _imported_later(module: str, op: str, platforms: tuple[str, ...]) -> Implementation:
+    """What the functions `op` and `refuses` of a module are, which the first call of one imports."""
+    return Implementation(_later(module, op), platforms, refuses=_later(module, "refuses"))
 
 
 def _later(module: str, name: str) -> Callable:

@@ -1,7 +1,6 @@
 """Types of arrays under `jax.shard_map`: which mesh axes a value varies over."""
 
 import jax
-from jax.experimental.pallas import tpu as pltpu
 
 
 def vary_alike(arrays):
@@ -29,7 +28,11 @@ def shaped_like(x, shape=None, dtype=None) -> jax.ShapeDtypeStruct:
 
 def interpreter(interpret, x):
     """`interpret` as `pallas_call` takes it: the plain interpreter, the fast one, does not keep track of mesh axes."""
-    return pltpu.InterpretParams() if interpret is True and _varying_axes(x) else interpret
+    if interpret is not True or not _varying_axes(x):
+        return interpret
+    from jax.experimental.pallas import tpu as pltpu  # slow to import
+
+    return pltpu.InterpretParams()
 
 
 # jax 0.12 moved `vma` into `manual_axis_type`.

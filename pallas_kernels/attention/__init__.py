@@ -6,14 +6,19 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention import reference, ring, tpu, xla
+from pallas_kernels.attention import reference, ring, xla
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.checks import check_positive_int
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.residuals import keep
 
 IMPLEMENTATIONS = kernels_or_xla(
-    tpu, xla, reference, "attention", gpu=f"{__name__}.gpu", triton=f"{__name__}.triton"
+    f"{__name__}.tpu",
+    xla,
+    reference,
+    "attention",
+    gpu=f"{__name__}.gpu",
+    triton=f"{__name__}.triton",
 )
 
 

@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.checks import check_positive_int
-from pallas_kernels.decode_attention import reference, tpu, xla
+from pallas_kernels.decode_attention import reference, xla
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.varying import vary_alike
 
-IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "decode_attention", f"{__name__}.gpu")
+IMPLEMENTATIONS = kernels_or_xla(
+    f"{__name__}.tpu", xla, reference, "decode_attention", f"{__name__}.gpu"
+)
 
 
 def decode_attention(

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from pallas_kernels.carried import across_shards
 from pallas_kernels.checks import check_positive_int, check_segment_ids
 from pallas_kernels.dispatch import call, kernels_or_xla
-from pallas_kernels.linear_attention import feature_maps, reference, tpu, xla
+from pallas_kernels.linear_attention import feature_maps, reference, xla
 from pallas_kernels.linear_attention.feature_maps import FEATURE_MAPS, FeatureMap
 from pallas_kernels.linear_attention.state import LinearAttentionState, step
 from pallas_kernels.segments import runs
@@ -20,7 +20,12 @@ __all__ = [
 ]
 
 IMPLEMENTATIONS = kernels_or_xla(
-    tpu, xla, reference, "linear_attention", gpu=f"{__name__}.gpu", triton=f"{__name__}.triton"
+    f"{__name__}.tpu",
+    xla,
+    reference,
+    "linear_attention",
+    gpu=f"{__name__}.gpu",
+    triton=f"{__name__}.triton",
 )
 
 

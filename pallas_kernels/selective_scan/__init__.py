@@ -7,7 +7,7 @@ from pallas_kernels.carried import across_shards
 from pallas_kernels.checks import check_array, check_same_dtype, check_segment_ids
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.segments import resets
-from pallas_kernels.selective_scan import reference, tpu, xla
+from pallas_kernels.selective_scan import reference, xla
 from pallas_kernels.selective_scan.state import step
 from pallas_kernels.varying import vary_alike
 
@@ -15,7 +15,9 @@ __all__ = ["selective_scan", "selective_scan_decode"]
 
 _OP = "selective_scan"
 
-IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "selective_scan", f"{__name__}.gpu")
+IMPLEMENTATIONS = kernels_or_xla(
+    f"{__name__}.tpu", xla, reference, "selective_scan", f"{__name__}.gpu"
+)
 
 
 def selective_scan(

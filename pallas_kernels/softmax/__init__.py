@@ -14,13 +14,15 @@ import jax.numpy as jnp
 
 from pallas_kernels.checks import check_positive_int
 from pallas_kernels.dispatch import Implementation, call, kernels_or_xla
-from pallas_kernels.softmax import reference, tpu, xla, xla_linear
+from pallas_kernels.softmax import reference, xla, xla_linear
 
 __all__ = ["cross_entropy", "linear_cross_entropy", "softmax"]
 
-SOFTMAX_IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "softmax", f"{__name__}.gpu")
+SOFTMAX_IMPLEMENTATIONS = kernels_or_xla(
+    f"{__name__}.tpu", xla, reference, "softmax", f"{__name__}.gpu"
+)
 CROSS_ENTROPY_IMPLEMENTATIONS = kernels_or_xla(
-    tpu, xla, reference, "cross_entropy", f"{__name__}.gpu"
+    f"{__name__}.tpu", xla, reference, "cross_entropy", f"{__name__}.gpu"
 )
 LINEAR_CROSS_ENTROPY_IMPLEMENTATIONS = {
     "xla": Implementation(xla_linear.linear_cross_entropy),

@@ -12,7 +12,7 @@ from pallas_kernels.checks import (
 )
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.segments import resets
-from pallas_kernels.ssd_scan import reference, tpu, xla
+from pallas_kernels.ssd_scan import reference, xla
 from pallas_kernels.ssd_scan.state import step
 from pallas_kernels.varying import vary_alike
 
@@ -20,7 +20,7 @@ __all__ = ["ssd_decode", "ssd_scan"]
 
 _OP = "ssd_scan"
 
-IMPLEMENTATIONS = kernels_or_xla(tpu, xla, reference, "ssd_scan", gpu="pallas_kernels.ssd_scan.gpu")
+IMPLEMENTATIONS = kernels_or_xla(f"{__name__}.tpu", xla, reference, "ssd_scan", f"{__name__}.gpu")
 
 
 def ssd_scan(
