@@ -1,8 +1,8 @@
 """The selective scan on TPU (Pallas, Mosaic): the state stays in VMEM from the first token of a row to the last.
 
 Gu and Dao, arXiv 2312.00752, section 3.3.2: states never reach HBM, but for the one before each chunk of tokens, from
-which the backward (`tpu_backward`) computes the others again. The vector unit is the bottleneck, so skip and gate are
-applied to whole chunks in the kernel, where their memory traffic is free.
+which the backward (`tpu_backward`) computes the others again. Skip and gate are applied in the kernel, where their
+memory traffic is free.
 """
 
 import functools
@@ -18,15 +18,22 @@ from pallas_kernels.selective_scan import tpu_backward
 from pallas_kernels.selective_scan.tpu_blocks import LANES, block_channels
 from pallas_kernels.selective_scan.tpu_tile import (
     LOG2_E,
+    STEP,
     SUBLANES,
     VMEM_LIMIT,
     Blocks,
     Spec,
-    StateSums,
+    by_state,
     columns,
+    columns_of_steps,
     decay,
-    for_each_register,
+    dot,
+    for_each_step,
+    in_columns,
     row,
+    rows_of_steps,
+    step_tokens,
+    widened,
 )
 from pallas_kernels.varying import interpreter, shaped_like
 
@@ -59,7 +66,7 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
 
     u, delta, z = (pad(x, 0, more_time, more_channels) for x in (u, delta, z))
     A = pad(A.T, more_states, more_channels)
-    B, C = (pad(x.swapaxes(1, 2).astype(jnp.float32), 0, more_states, more_time) for x in (B, C))
+    B, C = (pad(x, 0, more_time, more_states) for x in (B, C))
     D = pad(None if D is None else D[None], 0, more_channels)
     resets = pad(None if resets is None else resets[:, None].astype(jnp.int32), 0, 0, more_time)
     state = pad(state.swapaxes(1, 2), 0, more_states, more_channels)
@@ -76,7 +83,7 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(spec, u, delta, A, B, C, D, z, resets, state):
-    """In the kernels' layout: A [N, E], B and C [B, N, T], D [1, E], resets [B, 1, T], the state [B, N, E]."""
+    """In the kernels' layout: A [N, E], B and C [B, T, N], D [1, E], resets [B, 1, T], the state [B, N, E]."""
     y, last, _ = _call_forward(spec, u, delta, A, B, C, D, z, resets, state, keeps_pasts=False)
     return y, last
 
@@ -96,15 +103,13 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         blocks.tokens,
         blocks.per_channel,
         blocks.columns,
-        blocks.columns,
+        blocks.rows,
         None if D is None else blocks.channel_row,
         None if z is None else blocks.tokens,
         None if resets is None else blocks.resets,
         blocks.state,
     )
     pasts = shaped_like(u, (batch, chunks, states, channels), jnp.float32)
-    rows = pltpu.VMEM((spec.chunk, spec.channels), jnp.float32)
-    sums = StateSums.scratch(spec)
     return pl.pallas_call(
         functools.partial(_kernel, spec),
         grid=(batch, channels // spec.channels, chunks),
@@ -115,20 +120,22 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
             shaped_like(u, state.shape, jnp.float32),
             pasts if keeps_pasts else None,
         ),
-        scratch_shapes=(rows, rows, sums),
+        scratch_shapes=(*rows_of_steps(spec, 2), columns_of_steps(states)),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         interpret=spec.interpret,
         name="selective_scan_forward",
-    )(u, delta, A, B, C, D, z, resets, state)
+    )(u, delta, A, in_columns(B), C, D, z, resets, state)
 
 
 _scan.defvjp(_forward, tpu_backward.backward)
 
 
-def _kernel(spec, u, delta, A, B, C, D, z, resets, initial, y, state, past, steps, inputs, sums):
+def _kernel(
+    spec, u, delta, A, B, C, D, z, resets, initial, y, state, past, steps, inputs, to_state
+):
     """One chunk of one block of channels. The block of the last state holds the present one from chunk to chunk."""
 
     @pl.when(pl.program_id(2) == 0)
@@ -137,27 +144,30 @@ def _kernel(spec, u, delta, A, B, C, D, z, resets, initial, y, state, past, step
 
     if past is not None:
         past[...] = state[...]
-    steps[...] = delta[...].astype(jnp.float32)
-    inputs[...] = steps[...] * u[...].astype(jnp.float32)
-
     base2_A = A[...] * LOG2_E
-    reads = StateSums(sums)
 
-    def tokens(start):
-        to_state, from_state = (columns(x, start, spec.part) for x in (B, C))
+    def prepare(index, slot):
+        tokens = step_tokens(index)
+        step = delta[tokens].astype(jnp.float32)
+        steps[slot] = step
+        inputs[slot] = step * u[tokens].astype(jnp.float32)
+        to_state[slot] = columns(B, index)
+
+    def advance(index, slot):
+        tokens = step_tokens(index)
+        from_state = by_state(C[tokens])
         for part in spec.parts:
-            h = state[:, part]
-            for j in range(SUBLANES):
-                t = start + j
-                kept = decay(row(steps, t, part), base2_A[:, part], resets, t)
-                h = kept * h + row(inputs, t, part) * to_state[j]
-                reads.put(t, part, h * from_state[j])
+            h, passed = state[:, part], []
+            for t in range(STEP):
+                kept = decay(row(steps, slot, t, part), base2_A[:, part], resets, STEP * index + t)
+                h = kept * h + row(inputs, slot, t, part) * widened(to_state[slot, t], part)
+                passed.append(h)
             state[:, part] = h
+            total = dot(from_state, jnp.concatenate(passed, axis=0).astype(y.dtype))
+            if D is not None:
+                total += D[:, part] * u[tokens, part].astype(jnp.float32)
+            if z is not None:
+                total *= jax.nn.silu(z[tokens, part].astype(jnp.float32))
+            y[tokens, part] = total.astype(y.dtype)
 
-    for_each_register(tokens)
-    total = reads.total()
-    if D is not None:
-        total += D[...] * u[...].astype(jnp.float32)
-    if z is not None:
-        total *= jax.nn.silu(z[...].astype(jnp.float32))
-    y[...] = total.astype(y.dtype)
+    for_each_step(prepare, advance)

@@ -12,18 +12,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.selective_scan.tpu_tile import (
+    LAST,
     LOG2_E,
-    SUBLANES,
+    STEP,
     VMEM_LIMIT,
     Blocks,
     Spec,
-    StateSums,
-    add_lane_groups,
+    by_state,
     columns,
+    columns_of_steps,
     decay,
-    for_each_register,
+    dot,
+    for_each_step,
+    in_columns,
+    of_own,
+    own,
     row,
-    set_columns,
+    rows_of_steps,
+    step_tokens,
+    widened,
 )
 from pallas_kernels.varying import shaped_like
 
@@ -40,12 +47,12 @@ def backward(spec: Spec, saved, cotangents):
         "delta": (shaped_like(u, u.shape, delta.dtype), blocks.tokens),
         "A": (shaped_like(u, (batch, states, channels), jnp.float32), blocks.state),
         "B": (
-            shaped_like(u, (batch, channel_blocks, states, time), jnp.float32),
-            blocks.partial_columns,
+            shaped_like(u, (batch, channel_blocks, time, states), jnp.float32),
+            blocks.partial_rows,
         ),
         "C": (
-            shaped_like(u, (batch, channel_blocks, states, time), jnp.float32),
-            blocks.partial_columns,
+            shaped_like(u, (batch, channel_blocks, time, states), jnp.float32),
+            blocks.partial_rows,
         ),
         "D": (shaped_like(u, (batch, 1, channels), jnp.float32), blocks.state_row)
         if skips
@@ -53,8 +60,6 @@ def backward(spec: Spec, saved, cotangents):
         "z": (shaped_like(u, u.shape, u.dtype), blocks.tokens) if gates else (None, None),
         "state": (shaped_like(u, (batch, states, channels), jnp.float32), blocks.state),
     }
-    rows = pltpu.VMEM((spec.chunk, spec.channels), jnp.float32)
-    sums = StateSums.scratch(spec)
     chunk_of_states = pltpu.VMEM((spec.chunk + 1, states, spec.channels), jnp.float32)
     gradients = pl.pallas_call(
         functools.partial(_kernel, spec),
@@ -65,6 +70,8 @@ def backward(spec: Spec, saved, cotangents):
             blocks.per_channel,
             blocks.columns,
             blocks.columns,
+            blocks.rows,
+            blocks.rows,
             blocks.channel_row if skips else None,
             blocks.tokens if gates else None,
             None if resets is None else blocks.resets,
@@ -74,25 +81,30 @@ def backward(spec: Spec, saved, cotangents):
         ),
         out_specs=tuple(block for _, block in outputs.values()),
         out_shape=tuple(shape for shape, _ in outputs.values()),
-        scratch_shapes=(rows, rows, rows, sums, sums, chunk_of_states),
+        scratch_shapes=(*rows_of_steps(spec, 2), columns_of_steps(states), chunk_of_states),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         interpret=spec.interpret,
         name="selective_scan_backward",
-    )(u, delta, A, B, C, D, z, resets, pasts, d_y, d_last)
+    )(u, delta, A, in_columns(B), in_columns(C), B, C, D, z, resets, pasts, d_y, d_last)
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_state = gradients
     d_D = None if d_D is None else d_D.sum(axis=0)
-    return d_u, d_delta, d_A.sum(axis=0), d_B.sum(axis=1), d_C.sum(axis=1), d_D, d_z, None, d_state
+    d_B, d_C = (x.sum(axis=1).astype(u.dtype) for x in (d_B, d_C))
+    return d_u, d_delta, d_A.sum(axis=0), d_B, d_C, d_D, d_z, None, d_state
 
 
 def _kernel(
-    spec, u, delta, A, B, C, D, z, resets, past, d_y, d_last,
+    spec, u, delta, A, B_columns, C_columns, B, C, D, z, resets, past, d_y, d_last,
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, adjoint,
-    steps, inputs, d_reads, sums, more_sums, states,
+    steps, others, spread, states,
 ):  # fmt: skip
-    """One chunk of one block of channels. The gradient of the first state holds the adjoint from chunk to chunk."""
+    """One chunk of one block of channels. The gradient of the first state holds the adjoint from chunk to chunk.
+
+    Scratch: of the steps in both slots Δ, what else there is of each token, and the columns that are wanted, spread
+    over lanes; the states before and after each token of the chunk.
+    """
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -102,98 +114,104 @@ def _kernel(
             d_D[...] = jnp.zeros_like(d_D)
 
     base2_A = A[...] * LOG2_E
-    d_exponents, d_writes = StateSums(sums), StateSums(more_sums)
-    steps[...] = delta[...].astype(jnp.float32)
-    inputs[...] = steps[...] * u[...].astype(jnp.float32)
-    reads = None if z is None else StateSums(sums)
-    _states(spec, base2_A, B, C, resets, past, steps, inputs, states, reads)
-    d_reads[...] = _through_skip_and_gate(u, D, z, reads, d_y, d_D, d_z)
-    _walk_back(
-        spec, base2_A, B, C, resets, steps, inputs, states, d_reads,
-        d_A, d_B, d_C, adjoint, d_exponents, d_writes,
-    )  # fmt: skip
-    d_write = d_writes.total()
-    to_u = d_write * steps[...]
-    if D is not None:
-        to_u += D[...] * d_reads[...]
-    d_u[...] = to_u.astype(d_u.dtype)
-    to_delta = d_exponents.total() / LOG2_E + d_write * u[...].astype(jnp.float32)
-    d_delta[...] = to_delta.astype(d_delta.dtype)
-
-
-def _states(spec, base2_A, B, C, resets, past, steps, inputs, states, reads):
-    """The states before and after each token of the chunk and, unless `reads` is None, C h of each."""
-
-    def tokens(start):
-        to_state = columns(B, start, spec.part)
-        from_state = None if reads is None else columns(C, start, spec.part)
-        for part in spec.parts:
-            h = states[start, :, part]
-            for j in range(SUBLANES):
-                t = start + j
-                kept = decay(row(steps, t, part), base2_A[:, part], resets, t)
-                h = kept * h + row(inputs, t, part) * to_state[j]
-                states[t + 1, :, part] = h
-                if reads is not None:
-                    reads.put(t, part, h * from_state[j])
-
     states[0] = past[...]
-    for_each_register(tokens)
+    _walk(
+        spec, u, delta, base2_A, B_columns, C, D, z, resets, d_y, d_C, d_D, d_z,
+        steps, others, spread, states,
+    )  # fmt: skip
+    _walk_back(
+        spec, u, delta, base2_A, C_columns, B, D, z, resets, d_y, d_u, d_delta, d_A, d_B, adjoint,
+        steps, others, spread, states,
+    )  # fmt: skip
 
 
-def _through_skip_and_gate(u, D, z, reads, d_y, d_D, d_z):
-    """The gradient of C h from that of y, and with it those of D and z."""
-    d_reads = d_y[...].astype(jnp.float32)
-    wide_u = u[...].astype(jnp.float32)
-    if z is not None:
-        gate = z[...].astype(jnp.float32)
-        half = jax.nn.sigmoid(gate)
-        ungated = reads.total()
-        if D is not None:
-            ungated += D[...] * wide_u
-        d_z[...] = (d_reads * ungated * half * (1 + gate * (1 - half))).astype(d_z.dtype)
-        d_reads *= gate * half
-    if D is not None:
-        d_D[...] += jnp.sum(d_reads * wide_u, axis=0, keepdims=True)
-    return d_reads
+def _walk(
+    spec, u, delta, base2_A, B_columns, C, D, z, resets, d_y, d_C, d_D, d_z,
+    steps, inputs, to_state, states,
+):  # fmt: skip
+    """The states of the chunk, and with each step's at hand the gradients of C, D and z."""
+    dtype = u.dtype
+
+    def prepare(index, slot):
+        tokens = step_tokens(index)
+        steps[slot] = _wide(delta[tokens])
+        inputs[slot] = steps[slot] * _wide(u[tokens])
+        to_state[slot] = columns(B_columns, index)
+
+    def advance(index, slot):
+        tokens, to_C = step_tokens(index), 0
+        for part in spec.parts:
+            h, passed = states[STEP * index, :, part], []
+            for t in range(STEP):
+                kept = decay(row(steps, slot, t, part), base2_A[:, part], resets, STEP * index + t)
+                h = kept * h + row(inputs, slot, t, part) * widened(to_state[slot, t], part)
+                states[STEP * index + t + 1, :, part] = h
+                passed.append(h)
+            passed = jnp.concatenate(passed, axis=0).astype(dtype)
+            d_read = _wide(d_y[tokens, part])
+            if z is not None:
+                ungated = dot(by_state(C[tokens]), passed)
+                if D is not None:
+                    ungated += D[:, part] * _wide(u[tokens, part])
+                gate = _wide(z[tokens, part])
+                half = jax.nn.sigmoid(gate)
+                d_gate = d_read * ungated * half * (1 + gate * (1 - half))
+                d_z[tokens, part] = d_gate.astype(d_z.dtype)
+                d_read *= gate * half
+            if D is not None:
+                d_skip = d_read * _wide(u[tokens, part])
+                d_D[:, part] += jnp.sum(d_skip, axis=0, keepdims=True)
+            to_C += dot(d_read.astype(dtype), passed, LAST)
+        d_C[tokens] = of_own(to_C, dtype)
+
+    for_each_step(prepare, advance)
 
 
 def _walk_back(
-    spec, base2_A, B, C, resets, steps, inputs, states, d_reads,
-    d_A, d_B, d_C, adjoint, d_exponents, d_writes,
+    spec, u, delta, base2_A, C_columns, B, D, z, resets, d_y, d_u, d_delta, d_A, d_B, adjoint,
+    steps, d_reads, from_state, states,
 ):  # fmt: skip
-    """The adjoints of the chunk's states, and their sums.
+    """The adjoints of the chunk's states, and the gradients that are sums of them."""
+    dtype, num_states = u.dtype, B.shape[1]
 
-    `d_exponents` receives what Δ gets through the decay, times 1 / ln 2, and `d_writes` what Δ u gets.
-    """
-    d_B[...], d_C[...] = jnp.zeros_like(d_B), jnp.zeros_like(d_C)
+    def prepare(index, slot):
+        tokens = step_tokens(index)
+        steps[slot] = _wide(delta[tokens])
+        d_read = _wide(d_y[tokens])
+        d_reads[slot] = d_read if z is None else d_read * jax.nn.silu(_wide(z[tokens]))
+        from_state[slot] = columns(C_columns, index)
 
-    def sums_over_channels(start):
-        sums = [jnp.zeros(d_C.shape, jnp.float32)] * SUBLANES
-        for part in spec.parts:
-            for j in range(SUBLANES):
-                t = start + j
-                sums[j] += add_lane_groups(states[t + 1, :, part] * row(d_reads, t, part))
-        set_columns(d_C, start, sums)
-
-    for_each_register(sums_over_channels)
-
-    def tokens(start):
-        to_state, from_state = (columns(x, start, spec.part) for x in (B, C))
-        to_B = [jnp.zeros(d_B.shape, jnp.float32)] * SUBLANES
+    def advance(index, slot):
+        tokens, to_B = step_tokens(index), 0
+        writing, every = by_state(B[tokens]), own(num_states).astype(dtype)
         for part in spec.parts:
             g, to_A = adjoint[:, part], d_A[:, part]
-            for j in reversed(range(SUBLANES)):
-                t = start + j
-                step = row(steps, t, part)
-                g += from_state[j] * row(d_reads, t, part)
-                to_B[j] += add_lane_groups(g * row(inputs, t, part))
-                d_writes.put(t, part, g * to_state[j])
-                g *= decay(step, base2_A[:, part], resets, t)
-                d_exponent = g * states[t, :, part]
-                d_exponents.put(t, part, d_exponent * base2_A[:, part])
+            passed, d_exponents = [], []
+            for t in reversed(range(STEP)):
+                step = row(steps, slot, t, part)
+                g += widened(from_state[slot, t], part) * row(d_reads, slot, t, part)
+                passed.append(g)
+                g *= decay(step, base2_A[:, part], resets, STEP * index + t)
+                d_exponent = g * states[STEP * index + t, :, part]
                 to_A += d_exponent * step
+                d_exponents.append(d_exponent * base2_A[:, part])
             adjoint[:, part], d_A[:, part] = g, to_A
-        set_columns(d_B, start, to_B)
+            passed, d_exponents = (
+                jnp.concatenate(x[::-1], axis=0).astype(dtype) for x in (passed, d_exponents)
+            )
+            step, d_write = steps[slot, :, part], dot(writing, passed)
+            wide_u = _wide(u[tokens, part])
+            to_B += dot((step * wide_u).astype(dtype), passed, LAST)
+            to_u = d_write * step
+            if D is not None:
+                to_u += D[:, part] * d_reads[slot, :, part]
+            d_u[tokens, part] = to_u.astype(d_u.dtype)
+            to_delta = dot(every, d_exponents) / LOG2_E + d_write * wide_u
+            d_delta[tokens, part] = to_delta.astype(d_delta.dtype)
+        d_B[tokens] = of_own(to_B, dtype)
 
-    for_each_register(tokens, reverse=True)
+    for_each_step(prepare, advance, reverse=True)
+
+
+def _wide(x):
+    return x.astype(jnp.float32)

@@ -3,6 +3,9 @@
 Channels lie on lanes. A state is [N, channels], so that the step Δ_t and the input u_t of a token are rows, which
 spread over the sublanes of a state as they are loaded. B_t and C_t are columns of [N, T] and have to be spread over
 lanes; a block of many channels shares that work.
+
+The vector unit has most to do, so that sums over the states or the channels of a token are left to the matrix unit: the
+states of `STEP` tokens below each other are one operand, and of each token only its own place in the product counts.
 """
 
 import dataclasses
@@ -15,11 +18,17 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.selective_scan.tpu_blocks import LANES
 
 SUBLANES = 8
+# Contracted dimensions of a product.
+PLAIN = ((1,), (0,))
+LAST = ((1,), (1,))
+# Tokens of a step of the loops: the rows of a bfloat16 register.
+STEP = 16
 LOG2_E = 1.4426950408889634
 # A chunk of states in the backward is 8 MiB at N = 16 and 1024 channels and 17 MiB at the most; blocks and rows of the
 # chunk take 9.
 VMEM_LIMIT = 32 * 2**20
-MOST_IN_REGISTERS = 3 * LANES
+# Channels whose states are in registers together.
+MOST_IN_REGISTERS = 2 * LANES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +47,13 @@ class Spec:
     chunk = LANES
 
     @property
-    def part(self) -> int:
-        """Channels whose states are in registers together, beside what a step in time needs of them.
+    def parts(self) -> list[slice]:
+        """Of a block, the channels that go through a step in time together, beside what it needs of them.
 
         A block has more, so that its parts share the columns of B and C.
         """
-        widths = range(2 * LANES, MOST_IN_REGISTERS + 1, LANES)
-        return max((x for x in widths if self.channels % x == 0), default=self.channels)
-
-    @property
-    def parts(self) -> list[slice]:
-        return [slice(i, i + self.part) for i in range(0, self.channels, self.part)]
+        starts = range(0, self.channels, MOST_IN_REGISTERS)
+        return [slice(i, min(i + MOST_IN_REGISTERS, self.channels)) for i in starts]
 
 
 class Blocks:
@@ -58,6 +63,7 @@ class Blocks:
         wide = (None, spec.chunk, spec.channels)
         self.tokens = pl.BlockSpec(wide, lambda b, e, c: (b, chunk_of(c), e))
         self.columns = pl.BlockSpec((None, states, spec.chunk), lambda b, e, c: (b, 0, chunk_of(c)))
+        self.rows = pl.BlockSpec((None, spec.chunk, states), lambda b, e, c: (b, chunk_of(c), 0))
         self.resets = pl.BlockSpec(
             (None, 1, spec.chunk), lambda b, e, c: (b, 0, chunk_of(c)), memory_space=pltpu.SMEM
         )
@@ -68,27 +74,92 @@ class Blocks:
         self.state_row = pl.BlockSpec((None, 1, spec.channels), lambda b, e, c: (b, 0, e))
         self.pasts = pl.BlockSpec((None, *state), lambda b, e, c: (b, chunk_of(c), 0, e))
         # Sums over the channels of a block only.
-        self.partial_columns = pl.BlockSpec(
-            (None, None, states, spec.chunk), lambda b, e, c: (b, e, 0, chunk_of(c))
+        self.partial_rows = pl.BlockSpec(
+            (None, None, spec.chunk, states), lambda b, e, c: (b, e, chunk_of(c), 0)
         )
 
 
-def for_each_register(tokens, *, reverse: bool = False) -> None:
-    """Calls `tokens(start)` for every register of 8 tokens of a chunk, which begins with token `start`.
+def step_tokens(index):
+    """The tokens of a step, to index refs with."""
+    return pl.ds(pl.multiple_of(STEP * index, STEP), STEP)
 
-    Two of them a step of the loop: the columns of one are brought to their lanes beside the arithmetic of the other.
+
+def for_each_step(prepare, advance, *, reverse: bool = False) -> None:
+    """Takes the steps of a chunk through two stages, each called with the number of a step and a slot, 0 or 1 in turn,
+    for what the first leaves to the second.
+
+    A step is prepared before the one ahead of it advances, since columns take long to come to their lanes. Four steps
+    of the loop are unrolled: at its end the last products are waited for.
     """
-    registers = LANES // SUBLANES
+    count = LANES // STEP
 
-    def step(i, _):
-        tokens(SUBLANES * (registers - 1 - i if reverse else i))
+    def number(i):
+        return count - 1 - i if reverse else i
 
-    jax.lax.fori_loop(0, registers, step, None, unroll=2)
+    def four(i, _):
+        for j in range(4):
+            # After the last comes the first again, for nothing.
+            prepare(number((4 * i + j + 1) % count), (j + 1) % 2)
+            advance(number(4 * i + j), j % 2)
+
+    prepare(number(0), 0)
+    jax.lax.fori_loop(0, count // 4, four, None)
 
 
-def row(ref, t, part: slice):
-    """Token t of a part of [T, channels]: [1, part]."""
-    return ref[pl.ds(t, 1), part]
+def own(states: int):
+    """Bool [STEP, STEP * N]: whether the state of column (token, state) is of the token of the row."""
+    token, place = _rows_and_columns((STEP, STEP * states))
+    return place // states == token
+
+
+def repeats(states: int, dtype):
+    """[N, STEP * N] of 0 and 1, to multiply with: every token's copy of the states."""
+    state, place = _rows_and_columns((states, STEP * states))
+    return (place % states == state).astype(dtype)
+
+
+def _rows_and_columns(shape):
+    return (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+
+
+def by_state(x):
+    """[STEP, N] -> [STEP, STEP * N]: numbers of a token in the columns of its states, and 0 in those of others."""
+    states = x.shape[1]
+    return jnp.where(own(states), dot(x, repeats(states, x.dtype)), 0).astype(x.dtype)
+
+
+def of_own(x, dtype):
+    """The inverse, which drops what is in the columns of others."""
+    states = x.shape[1] // STEP
+    return dot(jnp.where(own(states), x, 0).astype(dtype), repeats(states, dtype), LAST)
+
+
+def dot(x, y, contracted=PLAIN):
+    """A product with float32 sums; float32 operands are not rounded to the bfloat16 of the matrix unit."""
+    precision = "highest" if x.dtype == jnp.float32 else "default"
+    return jax.lax.dot_general(
+        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def rows_of_steps(spec: Spec, count: int):
+    """Scratch for `count` kinds of rows of the steps in both slots."""
+    return (pltpu.VMEM((2, STEP, spec.channels), jnp.float32),) * count
+
+
+def columns_of_steps(states: int):
+    """Scratch for `columns` of the steps in both slots."""
+    return pltpu.VMEM((2, STEP, states, LANES), jnp.float32)
+
+
+def row(ref, slot: int, t: int, part: slice):
+    """Token t of a step: [1, part]."""
+    return ref[slot, t : t + 1, part]
+
+
+def widened(column, part: slice):
+    """[N, 128], whose lanes are equal, -> [N, part]."""
+    return jnp.tile(column, (1, (part.stop - part.start) // LANES))
 
 
 def decay(delta, base2_A, resets, t):
@@ -97,65 +168,15 @@ def decay(delta, base2_A, resets, t):
     return kept if resets is None else kept * (1 - resets[0, t]).astype(jnp.float32)
 
 
-class StateSums:
-    """Sums over the states of every token of a chunk, [N, channels] -> [1, channels].
-
-    To add up the sublanes of one register takes as many rotations as additions. Here `put` does so once and leaves four
-    rows a token in `ref`, and `total` adds rows of the same place for eight tokens at a time: loads with a stride, as
-    hardware has them for arrays of one register's width, up to a stride of four as one load.
-    """
-
-    ROWS = SUBLANES // 2
-
-    def __init__(self, ref):
-        self.ref = ref
-
-    @classmethod
-    def scratch(cls, spec: Spec):
-        return pltpu.VMEM((spec.channels // LANES, cls.ROWS * spec.chunk, LANES), jnp.float32)
-
-    def put(self, t, part: slice, x):
-        rows = sum(x[i : i + SUBLANES] for i in range(0, x.shape[0], SUBLANES))
-        rows = (rows + pltpu.roll(rows, self.ROWS, 0))[: self.ROWS]
-        start = pl.multiple_of(self.ROWS * t, self.ROWS)
-        for i in range(0, x.shape[1], LANES):
-            group = (part.start + i) // LANES
-            self.ref[group, pl.ds(start, self.ROWS), :] = rows[:, i : i + LANES]
-
-    def total(self):
-        """[chunk, channels]."""
-        parts, rows, _ = self.ref.shape
-        tokens = rows // self.ROWS
-
-        def place(i, row):
-            return self.ref.at[i][pl.ds(row, tokens, stride=self.ROWS), :]
-
-        return jnp.concatenate(
-            [sum(place(i, row) for row in range(self.ROWS)) for i in range(parts)], axis=1
-        )
+def in_columns(x):
+    """[B, T, N] -> float32 [B, N, T]."""
+    return x.swapaxes(1, 2).astype(jnp.float32)
 
 
-def columns(ref, start, width: int):
-    """Columns of [N, chunk] for the 8 tokens from `start` on, each spread over lanes: a list of [N, width].
+def columns(ref, index):
+    """Columns of [N, chunk] for the tokens of a step, each spread over lanes: [STEP, N, 128].
 
     A rotation by a number brings them to fixed lanes.
     """
-    rotated = pltpu.roll(ref[...], (LANES - start) % LANES, axis=1)
-    return [
-        jnp.tile(jnp.broadcast_to(rotated[:, j : j + 1], rotated.shape), (1, width // LANES))
-        for j in range(SUBLANES)
-    ]
-
-
-def add_lane_groups(x):
-    """[N, width] -> [N, 128]."""
-    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
-
-
-def set_columns(ref, start, sums) -> None:
-    """Sums over lanes of [N, 128] for each of the 8 tokens from `start` on, as columns of [N, chunk]."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, ref.shape, 1)
-    out = ref[...]
-    for j, x in enumerate(sums):
-        out = jnp.where(lane == start + j, x.sum(axis=1, keepdims=True), out)
-    ref[...] = out
+    rotated = pltpu.roll(ref[...], (LANES - STEP * index) % LANES, axis=1)
+    return jnp.stack([jnp.broadcast_to(rotated[:, j : j + 1], rotated.shape) for j in range(STEP)])
