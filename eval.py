@@ -31,7 +31,10 @@ _SAMPLING = (
 
 
 def main():
+    from effjax import compilation  # after the flags: a wrong one is told at once
+
     logging.getLogger("effjax").setLevel(logging.INFO)  # says what it is at
+    compilation.enable_cache()
     workdir = _WORKDIR.value or cli.default_workdir()
     if _PROMPT.value is None:
         _evaluate(workdir)

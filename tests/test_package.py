@@ -24,6 +24,19 @@ else:
     raise AssertionError("there is no such room")
 """
 
+# What takes long to import and is for other devices, for the end of a run or for servers.
+LATE = "jax.experimental.pallas", "matplotlib", "tensorboardX", "datasets", "torch", "fastapi"
+TRAINING = f"""
+import sys
+from effjax.training import fit
+import effjax.serving
+assert not set(sys.modules).intersection({LATE}), set(sys.modules).intersection({LATE})
+"""
+
+
+def test_training_and_serving_import_no_more_than_they_begin_with():
+    subprocess.run([sys.executable, "-c", TRAINING], check=True)
+
 
 def test_rooms_are_imported_when_they_are_asked_for():
     subprocess.run([sys.executable, "-c", PROGRAM], check=True)

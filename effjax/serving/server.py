@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 from absl import flags
 
-from effjax import checkpoint, cli, data, interop, models
+from effjax import checkpoint, cli, compilation, data, interop, models
 from effjax.depth import Plain
 from effjax.serving.decoders import DECODINGS, Draft, create_decoder
 from effjax.serving.early_exit import early_exit as shallow
@@ -217,6 +217,7 @@ def scores_vocabulary(model: nn.Module) -> bool:
 def main():
     if (_WORKDIR.value is None) == (_HF.value is None):
         raise ValueError("give one of --workdir and --hf")
+    compilation.enable_cache()
     folder = _WORKDIR.value or _HF.value
     loaded = load_run(folder) if _WORKDIR.value else load_folder(folder)
     key = os.environ.get("EFFJAX_API_KEY") or None

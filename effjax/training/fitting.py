@@ -10,9 +10,9 @@ import flax.linen as nn
 import jax
 from rich.console import Console
 
-from effjax import checkpoint, evaluation, processes
-from effjax.training import compilation, curves, metrics, sharding, summary
+from effjax import checkpoint, compilation, evaluation, processes
 from effjax.training import config as configs
+from effjax.training import curves, metrics, sharding, summary
 from effjax.training.loop import Run
 from effjax.training.progress import Screen
 

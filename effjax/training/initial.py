@@ -7,7 +7,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from effjax import interop
 from effjax.models import SequenceModel, uptraining
 from effjax.training import sharding
 
@@ -32,6 +31,8 @@ def parameters(
     path, initialisation = config["init_from"]["path"], config["init_from"]["initialisation"]
     if path is None:
         return None
+    from effjax import interop  # which few runs need
+
     try:
         uptraining.check(interop.read_model(path), model, initialisation)
         source, variables = interop.load_hf(

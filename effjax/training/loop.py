@@ -97,7 +97,8 @@ class Run:
         training = config["training"]
         self.model = models.create(**config["model"])
         self._objective = registry.build("objective", config["objective"])
-        self._optimizer, self._schedule = optim.build(config["optimizer"], training["num_steps"])
+        self._optimizer, schedule = optim.build(config["optimizer"], training["num_steps"])
+        self._schedule = jax.jit(schedule)  # one program, and not one for each of its operations
         self.share = Share.of(mesh, config["data"]["batch_size"])
         self._iterator = self._data("train")
         self._token_num_bytes = data.tokenizer(config["data"]).token_num_bytes
@@ -253,6 +254,8 @@ class Run:
         if self._saved_step == self.step:
             return
         with self._pause():
+            if processes.is_first():
+                self._log.flush()
             record = dataclasses.replace(self.progress, wall_seconds=self.wall_seconds)
             measured_at, loss = self._heldout
             try:

@@ -1,10 +1,11 @@
 """From the metrics of single steps to the lines of a log: `metrics.jsonl` and TensorBoard in the workdir."""
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
+# Lines that come sooner after one another go to TensorBoard together: each time, tensorboardX waits for the disk.
+_TENSORBOARD_SECONDS = 2.0
 
 LN2 = math.log(2.0)
 
@@ -130,6 +133,7 @@ class MetricsLog:
         # Hides what an earlier start wrote of later steps.
         start = SessionLog(status=SessionLog.START)
         self._tensorboard.write_event(Event(step=last_step + 1, session_log=start))
+        self._flushed = time.monotonic()
 
     def __enter__(self) -> "MetricsLog":
         return self
@@ -151,11 +155,23 @@ class MetricsLog:
         summary = Summary(
             value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         )
-        try:
+        with self._naming_the_file():
             self._file.write(json.dumps({"step": step, **finite}) + "\n")
             self._file.flush()
             self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() - self._flushed > _TENSORBOARD_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hands TensorBoard the lines that it has not seen yet; a run does so before each checkpoint."""
+        with self._naming_the_file():
             self._tensorboard.flush()
+        self._flushed = time.monotonic()
+
+    @contextlib.contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:  # which does not say where
             raise OSError(error.errno, error.strerror, str(self.path)) from error
 

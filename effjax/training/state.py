@@ -46,7 +46,8 @@ def initialise(
     program = jax.jit(
         init, out_shardings=shardings, compiler_options=options, donate_argnames="params"
     )
-    return program(params=params)
+    # Called as for its shapes (`sharding.abstract_state`), so that it is not traced a second time.
+    return program() if params is None else program(params=params)
 
 
 def initialiser(

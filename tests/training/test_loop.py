@@ -14,11 +14,11 @@ import tiny_run
 from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import bits, curve, make_config, train
 
-from effjax import checkpoint, data, registry, training
+from effjax import checkpoint, compilation, data, registry, training
 from effjax.checkpoint import CheckpointError
 from effjax.data.sources import Pair
 from effjax.ffn import Gated
-from effjax.training import NonFiniteLossError, compilation
+from effjax.training import NonFiniteLossError
 from effjax.training import config as configs
 from effjax.training.progress import Screen
 
@@ -240,7 +240,7 @@ def test_signals_are_left_alone_outside_the_main_thread(tmp_path, text):
 def no_cache_chosen():
     settings = {
         "jax_compilation_cache_dir": None,
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_compile_time_secs": 1.0,
     }
     before = {name: getattr(jax.config, name) for name in settings}
     for values in (settings, before):
