@@ -141,6 +141,14 @@ def test_log_is_json_lines_and_tensorboard(tmp_path):
     assert (4, "loss", 2.5) in values
 
 
+def test_a_flushed_line_is_tensorboards_before_the_log_is_closed(tmp_path):
+    with MetricsLog(tmp_path, last_step=0) as log:
+        log.write(2, {"loss": 3.5})
+        log.flush()
+        steps = [event.step for event in tensorboard_events(tmp_path) if event.summary.value]
+        assert steps == [2]
+
+
 def test_a_log_that_goes_on_drops_what_the_checkpoint_does_not_cover(tmp_path):
     with MetricsLog(tmp_path, last_step=0) as log:
         for step in (2, 4, 6):

@@ -87,6 +87,20 @@ def test_the_first_state_is_that_of_one_device(name, seed):
     jax.tree.map(close, found, expected)
 
 
+def test_a_state_whose_types_are_known_is_not_traced_again():
+    traced = []
+
+    def init(params=None):
+        traced.append(params)
+        return {"embed": {"embedding": jax.numpy.ones((8, 4))}}
+
+    mesh = sharding.make_mesh({"data": 1})
+    types = sharding.abstract_state(init, mesh)
+    found = initialise(init, jax.tree.map(lambda x: x.sharding, types))
+    assert len(traced) == 1
+    assert found["embed"]["embedding"].sharding == types["embed"]["embedding"].sharding
+
+
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_matrix_has_logical_axes(name):
     """No parameter of a headliner falls through the table of logical axes to the last resort."""
