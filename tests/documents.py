@@ -26,13 +26,14 @@ def train_commands(path):
 def model_of(command):
     """The model that a command would train; every flag of it has to be one, and to fit the config."""
     program, *given = shlex.split(command, comments=True)
+    defined = "".join((ROOT / file).read_text() for file in (program, "effjax/cli.py"))
     argv = [program]
     for flag in given:
         name = flag.removeprefix("--").partition("=")[0]
         if name.partition(".")[0] == "config":
             argv.append(flag)
         else:
-            assert f'"{name}"' in (ROOT / program).read_text(), f"{program} has no flag --{name}"
+            assert f'"{name}"' in defined, f"{program} has no flag --{name}"
     values = flags.FlagValues()
     holder = cli.define_config("A config.", values, argv)
     cli.parse_flags(argv, values)
