@@ -107,8 +107,8 @@ def define_distributed(what: str) -> Callable[[], AbstractContextManager]:
     whole = flags.DEFINE_bool(
         "distributed",
         False,
-        f"One of several processes that {what}; the cluster (TPU pod, SLURM, Kubernetes, Open MPI) says which, or these "
-        "flags:",
+        f"One of several processes that {what}; the cluster (TPU pod, SLURM, Kubernetes, Open MPI) says which, or "
+        "these flags:",
     )
     details = (
         flags.DEFINE_string("distributed.coordinator_address", None, "host:port of process 0."),
