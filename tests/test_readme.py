@@ -1,5 +1,7 @@
 """What the README shows works as it stands there."""
 
+import re
+
 import jax
 import pytest
 from documents import ROOT, blocks, model_of, train_commands
@@ -25,3 +27,18 @@ def test_the_library_example_runs():
     exec(example, names)
     assert names["out"].logits.shape == (1, 256, names["model"].vocab_size)
     assert names["out"].aux and names["out"].metrics
+
+
+def test_what_it_refers_to_is_there():
+    targets = re.findall(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)", README.read_text("utf-8"))
+    assert ("docs/results/recursions.png", "") in targets
+    for path, section in targets:
+        page = ROOT / path if path else README
+        assert page.exists(), path
+        assert not section or section in sections(page), f"{path}#{section}"
+
+
+def sections(page):
+    """What the headings of a page are called in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
