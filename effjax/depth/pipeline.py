@@ -115,16 +115,16 @@ def _run_stage(stage, axis, num_microbatches, weights, stream):
 def split(rows: Shaped[Array, "B T ..."], num_microbatches: int) -> Shaped[Array, "S N b T ..."]:
     """Rows as micro-batches, of which N = M / S wait at each stage. No row leaves the device that holds it."""
     size = num_stages()
-    parts = (shards.num_parts("batch") // size, size, num_microbatches // size)
-    micro = jnp.moveaxis(rows.reshape(*parts, -1, *rows.shape[1:]), 0, 2)
-    return micro.reshape(*parts[1:], -1, *rows.shape[1:])
+    slots, held = num_microbatches // size, shards.num_parts("batch") // size
+    micro = jnp.swapaxes(rows.reshape(size, held, slots, -1, *rows.shape[1:]), 1, 2)
+    return micro.reshape(size, slots, -1, *rows.shape[1:])
 
 
 def merge(stream: Shaped[Array, "S N b T ..."]) -> Shaped[Array, "B T ..."]:
     """The inverse of `split`."""
     size, slots, _, *rest = stream.shape
     micro = stream.reshape(size, slots, shards.num_parts("batch") // size, -1, *rest)
-    return jnp.moveaxis(micro, 2, 0).reshape(-1, *rest)
+    return jnp.swapaxes(micro, 1, 2).reshape(-1, *rest)
 
 
 def of_batch(reports: scalars.Scalars, segment_ids: Int[Array, "B T"]) -> scalars.Scalars:

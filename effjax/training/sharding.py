@@ -42,7 +42,7 @@ _OF_LAYERS = r"blocks_\d+/.*"
 
 # Logical to mesh axes; `batch` is the leading dimension of activations, `group` that of expert buffers.
 AXIS_RULES: tuple[tuple[str, Any], ...] = (
-    ("batch", ("data", "fsdp", "expert", "pipeline")),
+    ("batch", ("pipeline", "data", "fsdp", "expert")),
     ("group", ("data", "fsdp")),  # rows on their way to experts, which take the expert axis
     ("vocab", "tensor"),
     ("embed", "fsdp"),

@@ -52,7 +52,7 @@ def plan_decoding(
     parts = sharding.batch_shards(mesh)
     if batch_size < 1 or batch_size % parts:
         raise ValueError(
-            f"plan.decode_batch={batch_size}; valid: a multiple of {parts} (mesh axes data x fsdp x expert x pipeline)"
+            f"plan.decode_batch={batch_size}; valid: a multiple of {parts} (mesh axes pipeline x data x fsdp x expert)"
         )
     config = configs.resolve(config)
     model = decoding.served(models.create(**config["model"]))
