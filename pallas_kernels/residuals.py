@@ -2,7 +2,7 @@
 
     jax.checkpoint(f, policy=jax.checkpoint_policies.save_only_these_names(pallas_kernels.residuals.NAME))
 
-recomputes everything in `f` but attention, linear attention and scans: their results are no larger than their
+recomputes everything in `f` but attention, linear attention and scans: their results are about as large as their
 arguments, and cost most. Of attention the arguments are named too.
 """
 

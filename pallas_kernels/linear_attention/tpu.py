@@ -1,8 +1,8 @@
 """Linear attention on TPU (Pallas, Mosaic): the chunked form with the state in VMEM.
 
-Here are layout, grids and the custom VJP; `tpu_chunk` has the kernels, `tpu_features` the feature maps as they
-compute them, `tpu_blocks` the sizes. The backward keeps q, k, v, out and the sums of the weights, and no state: the
-kernel of dq walks forward and makes the states again, that of dk and dv walks backward with the gradient of the state.
+Here are layout, grids and the custom VJP; `tpu_chunk` and `tpu_backward` have the kernels, `tpu_features` the feature
+maps as they compute them, `tpu_blocks` the sizes. For the backward, and only then, the forward keeps the state before
+each chunk in the dtype in which the matrix unit takes it, so that one kernel makes all gradients.
 """
 
 import functools
@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import target
-from pallas_kernels.linear_attention import tpu_chunk
+from pallas_kernels.linear_attention import tpu_backward, tpu_chunk
 from pallas_kernels.linear_attention.state import LinearAttentionState
 from pallas_kernels.linear_attention.tpu_blocks import LANES, VMEM_LIMIT, blocks, ones_rows
 from pallas_kernels.linear_attention.tpu_chunk import Spec
@@ -110,13 +110,21 @@ def _pack(state, value_dim: int, ones: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_attention(spec, q, k, v, rows, state):
-    return _forward(spec, q, k, v, rows, state)[0]
+    out, _, last, _ = _call_forward(spec, q, k, v, rows, state, keeps_pasts=False)
+    return out, last
 
 
 def _forward(spec, q, k, v, rows, state):
+    out, total, last, pasts = _call_forward(spec, q, k, v, rows, state, keeps_pasts=True)
+    out, total, pasts = keep(out, total, pasts)
+    return (out, last), (q, k, v, rows, state, out, total, pasts)
+
+
+def _call_forward(spec, q, k, v, rows, state, *, keeps_pasts):
     batch, dim, time = _sizes(spec, v)
     carry = (dim + ones_rows(v.dtype), spec.features.num_features)
-    out, total, last = _call(
+    pasts = (batch, spec.heads, time // spec.blocks.chunk, *carry)
+    return _call(
         spec,
         tpu_chunk.forward,
         [(q, "tokens"), (k, "tokens"), (v, "tokens"), (rows, "rows"), (state, "state")],
@@ -124,40 +132,39 @@ def _forward(spec, q, k, v, rows, state):
             (shaped_like(v), "tokens"),
             (shaped_like(v, (batch, spec.heads, 1, time), jnp.float32), "by head"),
             (shaped_like(v, (batch, spec.heads, *carry), jnp.float32), "state"),
+            (shaped_like(v, pasts) if keeps_pasts else None, "pasts"),
         ],
         carry,
     )
-    out, total = keep(out, total)
-    return (out, last), (q, k, v, rows, state, out, total)
 
 
 def _backward(spec, saved, cotangents):
-    q, k, v, rows, state, out, total = saved
+    q, k, v, rows, state, out, total, pasts = saved
     d_out, d_last = cotangents
-    batch, _, time = _sizes(spec, v)
-    if state is not None:
-        state = state.swapaxes(2, 3)
     if not spec.normalize:
         out = total = None
     d_last = d_last.swapaxes(2, 3)
-    carry = d_last.shape[2:]
-    common = [(q, "tokens"), (k, "tokens"), (v, "tokens"), (rows, "rows")]
-    dq, scales = _call(
+    dq, dk, dv, d_state = _call(
         spec,
-        tpu_chunk.query_gradient,
-        [*common, (state, "state"), (d_out, "tokens"), (out, "tokens"), (total, "by head")],
+        tpu_backward.backward,
+        [
+            (q, "tokens"),
+            (k, "tokens"),
+            (v, "tokens"),
+            (rows, "rows"),
+            (pasts, "pasts"),
+            (d_last, "state"),
+            (d_out, "tokens"),
+            (out, "tokens"),
+            (total, "by head"),
+        ],
         [
             (shaped_like(q), "tokens"),
-            (shaped_like(q, (batch, spec.heads, 2, time), jnp.float32), "by head"),
+            (shaped_like(k), "tokens"),
+            (shaped_like(v), "tokens"),
+            (shaped_like(d_last), "state"),
         ],
-        carry,
-    )
-    dk, dv, d_state = _call(
-        spec,
-        tpu_chunk.key_value_gradient,
-        [*common, (d_last, "state"), (d_out, "tokens"), (scales, "by head")],
-        [(shaped_like(k), "tokens"), (shaped_like(v), "tokens"), (shaped_like(d_last), "state")],
-        carry,
+        d_last.shape[2:],
         reverse=True,
     )
     d_rows = None if rows is None else jnp.zeros_like(rows)
@@ -180,8 +187,9 @@ def _call(spec, kernel, inputs, outputs, carry, reverse=False):
     """Runs `kernel` on a grid of (batch, blocks of heads, blocks of tokens).
 
     Inputs and outputs are pairs of an array (or shape, or None) and what it holds: "tokens", as `_to_kernel` makes
-    them, and "by head" [B, H, rows, T] are cut into blocks of heads and tokens, "rows" [B, rows, T] of tokens, "state"
-    [B, H, ., .] of heads. `carry`: the shape of the state that travels, a head. `reverse`: the last tokens come first.
+    them, "by head" [B, H, rows, T] and "pasts" [B, H, chunks, ., .] are cut into blocks of heads and tokens, "rows"
+    [B, rows, T] of tokens, "state" [B, H, ., .] of heads. `carry`: the shape of the state that travels, a head.
+    `reverse`: the last tokens come first.
     """
     batch, _, time = _sizes(spec, inputs[2][0])
     steps, sizes = time // spec.blocks.tokens, spec.blocks
@@ -196,6 +204,9 @@ def _call(spec, kernel, inputs, outputs, carry, reverse=False):
 
         if holds == "state":
             return pl.BlockSpec((1, sizes.heads, *array.shape[2:]), lambda b, h, t: (b, h, 0, 0))
+        if holds == "pasts":
+            shape = (1, sizes.heads, sizes.tokens // sizes.chunk, *array.shape[3:])
+            return pl.BlockSpec(shape, lambda b, h, t: (b, h, block(t), 0, 0))
         if holds == "rows":
             shape = (1, array.shape[1], sizes.tokens)
             return pl.BlockSpec(shape, lambda b, h, t: (b, 0, block(t)))

@@ -128,11 +128,12 @@ def _by_rule(
 
 
 def _vmem_bytes(chunk, tokens, heads, dim, value_dim, num_features, dtype) -> int:
-    """Of the gradient of keys and values, which needs most: blocks are double-buffered."""
+    """Of the backward, which needs most: blocks are double-buffered."""
     size = jnp.dtype(dtype).itemsize
-    streamed = 2 * heads * tokens * ((3 * dim + 4 * value_dim) * size + 3 * 32)
+    streamed = 2 * heads * tokens * ((4 * dim + 4 * value_dim) * size + 32)
     width = value_dim + ones_rows(dtype)
     states = 5 * heads * num_features * _round_up(width, LANES) * 4
+    states += 2 * heads * (tokens // chunk) * width * _round_up(num_features, LANES) * size
     temporaries = 4 * chunk * (4 * num_features + 5 * chunk + 4 * width)
     return streamed + states + temporaries
 

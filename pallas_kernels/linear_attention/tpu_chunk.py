@@ -1,17 +1,15 @@
-"""The three TPU kernels of linear attention: forward, gradient of the queries, gradient of keys and values.
+"""The forward kernel of linear attention on TPU, and what it shares with the backward.
 
-Each walks the chunks of a few heads along the last, sequential axis of its grid, with a state in VMEM scratch: the
-forward and the gradient of the queries from the first chunk to the last with the state, the gradient of keys and
-values from the last to the first with the gradient of the state. So nothing of the states reaches HBM, and features
-are computed where they are used.
+Both walk the chunks of a few heads along the last, sequential axis of their grid, with a state in VMEM scratch: the
+forward from the first chunk to the last with the state, the backward from the last to the first with the gradient of
+the state. Features are computed where they are used and never reach HBM.
 
-With s over the keys and t over the queries of a chunk, S and Z the state before and after it, values v with a last row
-of ones (so that the sum of the weights comes out beside the sum of the values), and u the gradient of the sums:
+With s over the keys and t over the queries of a chunk, S and Z the state before and after it, and values v with a last
+row of ones (so that the sum of the weights comes out beside the sum of the values):
 
-    w_st = φ(k_s) · φ(q_t) for s <= t             dw_st = v_s · u_t for s <= t
-    sums_t = Σ_s v_s w_st + S φ(q_t)              dφ(q_t) = Σ_s φ(k_s) dw_st + Sᵀ u_t
-    Z = S + Σ_s v_s φ(k_s)ᵀ                       dφ(k_s) = Σ_t φ(q_t) dw_st + dZᵀ v_s
-    dS = dZ + Σ_t u_t φ(q_t)ᵀ                     dv_s = Σ_t u_t w_st + dZ φ(k_s)
+    w_st = φ(k_s) · φ(q_t) for s <= t
+    sums_t = Σ_s v_s w_st + S φ(q_t)
+    Z = S + Σ_s v_s φ(k_s)ᵀ
 
 Heads are independent, and one product of one head waits for another: each step below is taken for all heads of a block
 before the next one, since the compiler keeps about to the order of the program. So heads fill each other's waits.
@@ -63,7 +61,7 @@ class Spec:
     interpret: bool | pltpu.InterpretParams
 
 
-def forward(spec: Spec, q, k, v, rows, state, out, total, last, carry, rings):
+def forward(spec: Spec, q, k, v, rows, state, out, total, last, pasts, carry, rings):
     """One block of tokens of a few heads.
 
     Args:
@@ -76,152 +74,52 @@ def forward(spec: Spec, q, k, v, rows, state, out, total, last, carry, rings):
         out: ref like v.
         total: ref float32 [1, H, 1, T]: the sums of the weights.
         last: ref like `state`, after the last token.
+        pasts: ref [1, H, chunks, E + ones, F], the states before the chunks; None: not wanted.
         carry: scratch float32 [H, E + ones, F].
         rings: scratch of `KernelFeatures.expand` for queries and keys of each head.
     """
-    _start(carry, state)
-    features, heads = spec.features, range(spec.blocks.heads)
+    start(carry, state)
+    features, heads, dtype = spec.features, range(spec.blocks.heads), v.dtype
     block = pl.program_id(2)
 
-    def chunk(tokens):
-        mask = _mask(spec, rows, tokens, block)
-        values = [_with_ones(x, mask) for x in _take(spec, v, tokens)]
-        queries, keys = (_take(spec, x, tokens) for x in (q, k))
-        phi_q, phi_k = (_expanded(features, x, rings.at[i]) for i, x in enumerate((queries, keys)))
-        left, right = _operands(features, (keys, queries), (phi_k, phi_q), v.dtype)
-        weights = [
-            _weights(features, *x, mask).astype(v.dtype) for x in zip(left, right, strict=True)
-        ]
-        phi_q = [_masked(x, mask.from_past).astype(v.dtype) for x in phi_q]
-        phi_k = [_masked(x, mask.to_state).astype(v.dtype) for x in phi_k]
-        pasts = [carry[h] for h in heads]
-        sums = [_dot(pasts[h].astype(v.dtype), phi_q[h], PLAIN) for h in heads]
-        sums = [sums[h] + _dot(values[h], weights[h], PLAIN) for h in heads]
+    def chunk(index, tokens):
+        mask = chunk_mask(spec, rows, tokens, block)
+        values = [with_ones(x, mask) for x in take(spec, v, tokens)]
+        queries, keys = (take(spec, x, tokens) for x in (q, k))
+        phi_q, phi_k = (
+            [features.expand(wide(x[h]), rings.at[i, h]) for h in heads]
+            for i, x in enumerate((queries, keys))
+        )
+        weights = []
         for h in heads:
-            carry[h] = _masked(pasts[h], mask.keeps) + _dot(values[h], phi_k[h], LANES)
-        dim, outputs = sums[0].shape[0] - ones_rows(v.dtype), []
+            left, right = operands(features, keys[h], queries[h], phi_k[h], phi_q[h], dtype)
+            products = dot(left, right, ROWS)
+            products = products if features.weigh is None else features.weigh(products)
+            weights.append(jnp.where(mask.allowed, products, 0).astype(dtype))
+        phi_q = [masked(x, mask.from_past).astype(dtype) for x in phi_q]
+        phi_k = [masked(x, mask.to_state).astype(dtype) for x in phi_k]
+        before = [carry[h] for h in heads]
+        narrow = [x.astype(dtype) for x in before]
+        if pasts is not None:
+            for h in heads:
+                pasts[0, h, index] = narrow[h]
+        sums = [dot(narrow[h], phi_q[h], PLAIN) for h in heads]
+        sums = [sums[h] + dot(values[h], weights[h], PLAIN) for h in heads]
+        for h in heads:
+            carry[h] = masked(before[h], mask.keeps) + dot(values[h], phi_k[h], LANES)
+        dim, outputs = sums[0].shape[0] - ones_rows(dtype), []
         for h in heads:
             total_row = sums[h][dim : dim + 1] + features.scale * spec.eps
             divisor = total_row if spec.normalize else features.scale
             outputs.append(sums[h][:dim] * (1 / divisor))
             total[0, h, :, tokens] = total_row
-        _put(spec, out, tokens, outputs)
+        put(spec, out, tokens, outputs)
 
-    _for_each_chunk(spec, v.dtype, chunk)
-    _finish(carry, last)
-
-
-def query_gradient(
-    spec: Spec, q, k, v, rows, state, d_out, out, total, dq, scales, carry, rings
-) -> None:
-    """The gradient of the queries; the states are made again on the way.
-
-    Args:
-        spec: static arguments.
-        q: as in `forward`; so are k, v, rows.
-        state: ref float32 [1, H, F, E + ones]; None: zeros.
-        d_out: ref like v.
-        out: ref like v; None without `normalize`.
-        total: ref float32 [1, H, 1, T]; None without `normalize`.
-        dq: ref like q.
-        scales: ref float32 [1, H, 2, T]: what `d_out` is to be multiplied with, and the gradient of the total.
-        carry: scratch float32 [H, F, E + ones].
-        rings: as in `forward`.
-    """
-    _start(carry, state)
-    features, heads, block = spec.features, range(spec.blocks.heads), pl.program_id(2)
-
-    def chunk(tokens):
-        mask = _mask(spec, rows, tokens, block)
-        values = [_with_ones(x, mask) for x in _take(spec, v, tokens)]
-        queries, keys = (_take(spec, x, tokens) for x in (q, k))
-        d_outputs = _take(spec, d_out, tokens)
-        _set_scales(spec, d_outputs, out, total, tokens, scales)
-        d_sums = [_gradient_of_sums(x, scales, h, tokens) for h, x in enumerate(d_outputs)]
-        phi_k = _expanded(features, keys, rings.at[0])
-        d_weights = [jnp.where(mask.allowed, _dot(values[h], d_sums[h], ROWS), 0) for h in heads]
-        pasts = [carry[h] for h in heads]
-        d_phi = [
-            _masked(_dot(pasts[h].astype(v.dtype), d_sums[h], PLAIN), mask.from_past) for h in heads
-        ]
-        if features.weigh is None:
-            for h in heads:
-                d_phi[h] += _dot(phi_k[h].astype(v.dtype), d_weights[h].astype(v.dtype), PLAIN)
-        d_queries = [features.pull(_wide(queries[h]), d_phi[h]) for h in heads]
-        if features.weigh is not None:
-            left, right = _operands(features, (keys, queries), None, v.dtype)
-            products = [_dot(*x, ROWS) for x in zip(left, right, strict=True)]
-            for h in heads:
-                d_products = d_weights[h] * features.slope(products[h])
-                d_queries[h] += _dot(keys[h], d_products.astype(v.dtype), PLAIN)
-        phi_k = [_masked(x, mask.to_state).astype(v.dtype) for x in phi_k]
-        for h in heads:
-            carry[h] = _masked(pasts[h], mask.keeps) + _dot(phi_k[h], values[h], LANES)
-        _put(spec, dq, tokens, d_queries)
-
-    _for_each_chunk(spec, v.dtype, chunk)
+    for_each_chunk(spec, dtype, chunk)
+    finish(carry, last)
 
 
-def key_value_gradient(
-    spec: Spec, q, k, v, rows, d_last, d_out, scales, dk, dv, d_state, carry, rings
-) -> None:
-    """The gradients of keys, values and the state before the first token; blocks come from the last to the first.
-
-    Args:
-        spec: static arguments.
-        q: as in `query_gradient`; so are k, v, rows, d_out, scales.
-        d_last: ref float32 [1, H, F, E + ones], the gradient of the state after the last token.
-        dk: ref like k.
-        dv: ref like v.
-        d_state: ref like `d_last`.
-        carry: scratch float32 [H, F, E + ones], the gradient of the state after a chunk.
-        rings: as in `forward`.
-    """
-    _start(carry, d_last)
-    features, heads = spec.features, range(spec.blocks.heads)
-    block = pl.num_programs(2) - 1 - pl.program_id(2)
-
-    def chunk(tokens):
-        mask = _mask(spec, rows, tokens, block)
-        values = [_with_ones(x, mask) for x in _take(spec, v, tokens)]
-        queries, keys = (_take(spec, x, tokens) for x in (q, k))
-        d_outputs = _take(spec, d_out, tokens)
-        d_sums = [_gradient_of_sums(x, scales, h, tokens) for h, x in enumerate(d_outputs)]
-        phi_q, phi_k = (_expanded(features, x, rings.at[i]) for i, x in enumerate((queries, keys)))
-        left, right = _operands(features, (keys, queries), (phi_k, phi_q), v.dtype)
-        if features.weigh is None:
-            queries = right
-        products = [_dot(*x, ROWS) for x in zip(left, right, strict=True)]
-        d_products = [jnp.where(mask.allowed, _dot(values[h], d_sums[h], ROWS), 0) for h in heads]
-        if features.slope is not None:
-            d_products = [d_products[h] * features.slope(products[h]) for h in heads]
-        weights = products if features.weigh is None else [features.weigh(x) for x in products]
-        weights = [jnp.where(mask.allowed, x, 0).astype(v.dtype) for x in weights]
-        phi_q = [_masked(x, mask.from_past).astype(v.dtype) for x in phi_q]
-        phi_k = [_masked(x, mask.to_state).astype(v.dtype) for x in phi_k]
-
-        after = [carry[h] for h in heads]
-        d_after = [x.astype(v.dtype) for x in after]
-        d_phi = [_masked(_dot(d_after[h], values[h], PLAIN), mask.to_state) for h in heads]
-        d_keys = [_dot(queries[h], d_products[h].astype(v.dtype), LANES) for h in heads]
-        d_values = [_dot(d_sums[h], weights[h], LANES) for h in heads]
-        for h in heads:
-            d_values[h] += _dot(d_after[h], phi_k[h], ROWS)
-            carry[h] = _masked(after[h], mask.keeps) + _dot(phi_q[h], d_sums[h], LANES)
-        for h in heads:
-            key = _wide(keys[h])
-            if features.weigh is None:
-                d_keys[h] = features.pull(key, d_phi[h] + d_keys[h])
-            else:
-                d_keys[h] += features.pull(key, d_phi[h])
-        _put(spec, dk, tokens, d_keys)
-        _put(spec, dv, tokens, [x[: -ones_rows(v.dtype)] for x in d_values])
-
-    _for_each_chunk(spec, v.dtype, chunk, reverse=True)
-    _finish(carry, d_state)
-
-
-class _Mask(NamedTuple):
+class ChunkMask(NamedTuple):
     """Which tokens of a chunk meet.
 
     Attributes:
@@ -239,28 +137,22 @@ class _Mask(NamedTuple):
     keeps: jax.Array | None = None
 
 
-def _mask(spec, rows, tokens, block) -> _Mask:
+def chunk_mask(spec, rows, tokens, block) -> ChunkMask:
     length = spec.blocks.chunk
     key, query = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
     first = block * spec.blocks.tokens + tokens.start
     position = first + jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
     valid = (position < spec.time).astype(jnp.float32)
     if rows is None:
-        return _Mask(key <= query, valid)
+        return ChunkMask(key <= query, valid)
     run, from_past, to_state, keeps = (rows[0, i : i + 1, tokens] for i in range(4))
     # Padding is run 0, and no query is of run -1.
     of_keys = jnp.broadcast_to(jnp.where(run == 0, -1, run), (length, length)).T
     allowed = (key <= query) & (of_keys == run)
-    return _Mask(allowed, valid, from_past, to_state, keeps[:, :1])
+    return ChunkMask(allowed, valid, from_past, to_state, keeps[:, :1])
 
 
-def _weights(features, left, right, mask):
-    products = _dot(left, right, ROWS)
-    weights = products if features.weigh is None else features.weigh(products)
-    return jnp.where(mask.allowed, weights, 0)
-
-
-def _take(spec, ref, tokens) -> list:
+def take(spec, ref, tokens) -> list:
     """[D, C] of each head, of a ref as `tpu` has it: [1, T, H * D] where blocks are turned, else [1, H, D, T]."""
     if not spec.blocks.turns:
         return [ref[0, h, :, tokens] for h in range(spec.blocks.heads)]
@@ -269,8 +161,8 @@ def _take(spec, ref, tokens) -> list:
     return [turned[h * dim : (h + 1) * dim] for h in range(spec.blocks.heads)]
 
 
-def _put(spec, ref, tokens, by_head) -> None:
-    """The inverse of `_take`."""
+def put(spec, ref, tokens, by_head) -> None:
+    """The inverse of `take`."""
     by_head = [x.astype(ref.dtype) for x in by_head]
     if spec.blocks.turns:
         ref[0, tokens, :] = jnp.concatenate(by_head, axis=0).T
@@ -279,19 +171,12 @@ def _put(spec, ref, tokens, by_head) -> None:
         ref[0, h, :, tokens] = x
 
 
-def _expanded(features, vectors, rings) -> list:
-    return [features.expand(_wide(x), rings.at[h]) for h, x in enumerate(vectors)]
-
-
-def _operands(features, vectors, expanded, dtype) -> list[list]:
+def operands(features, key, query, phi_k, phi_q, dtype):
     """What the weights are inner products of: the vectors themselves where the map can weigh these."""
     if features.weigh is None:
-        return [[y.astype(dtype) for y in x] for x in expanded]
-    keys, queries = vectors
-    return [
-        [_with_rows(x, [1.0] * _PARTS) for x in keys],
-        [_with_rows(x, _parts(features.offset, dtype)) for x in queries],
-    ]
+        return phi_k.astype(dtype), phi_q.astype(dtype)
+    offset = _parts(features.offset, dtype)
+    return _with_rows(key, [1.0] * _PARTS), _with_rows(query, offset)
 
 
 # Of a number that is no bfloat16 itself: three have the digits of a float32.
@@ -316,48 +201,26 @@ def _with_rows(x, numbers):
     return jnp.concatenate([x, rows.astype(x.dtype)], axis=0)
 
 
-def _set_scales(spec, d_outputs, out, total, tokens, scales) -> None:
-    """Of out = numerator / total, or without `normalize` numerator / scale: see `query_gradient`."""
-    outputs = _take(spec, out, tokens) if spec.normalize else None
-    for h, d_output in enumerate(d_outputs):
-        if spec.normalize:
-            inverse = 1 / total[0, h, :, tokens]
-            products = _wide(d_output) * _wide(outputs[h])
-            d_total = -jnp.sum(products, axis=0, keepdims=True) * inverse
-        else:
-            inverse = jnp.full((1, d_output.shape[1]), 1 / spec.features.scale, jnp.float32)
-            d_total = jnp.zeros_like(inverse)
-        scales[0, h, 0:1, tokens] = inverse
-        scales[0, h, 1:2, tokens] = d_total
+def with_ones(values, mask):
+    return jnp.concatenate([values, first_row(mask.valid, values.dtype)], axis=0)
 
 
-def _gradient_of_sums(d_output, scales, h, tokens):
-    """[E + ones, C] in the dtype of the gradient of the output, [E, C]."""
-    scale, d_total = (scales[0, h, i : i + 1, tokens] for i in range(2))
-    d_numerator = (_wide(d_output) * scale).astype(d_output.dtype)
-    return jnp.concatenate([d_numerator, _first_row(d_total, d_output.dtype)], axis=0)
-
-
-def _with_ones(values, mask):
-    return jnp.concatenate([values, _first_row(mask.valid, values.dtype)], axis=0)
-
-
-def _first_row(row, dtype):
+def first_row(row, dtype):
     """`row` and zeros below it, which fill up a register."""
     shape = (ones_rows(dtype), row.shape[1])
     index = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return jnp.where(index == 0, jnp.broadcast_to(row, shape), 0).astype(dtype)
 
 
-def _masked(x, mask):
+def masked(x, mask):
     return x if mask is None else x * mask
 
 
-def _wide(x):
+def wide(x):
     return x.astype(jnp.float32)
 
 
-def _dot(x, y, contracted):
+def dot(x, y, contracted):
     """A product with float32 sums; float32 operands are not rounded to the bfloat16 of the matrix unit."""
     precision = "highest" if x.dtype == jnp.float32 else "default"
     return jax.lax.dot_general(
@@ -365,12 +228,12 @@ def _dot(x, y, contracted):
     )
 
 
-def _for_each_chunk(spec, dtype, chunk, reverse=False) -> None:
+def for_each_chunk(spec, dtype, chunk, reverse=False) -> None:
     length, count = spec.blocks.chunk, spec.blocks.tokens // spec.blocks.chunk
 
     def step(i, _):
         i = count - 1 - i if reverse else i
-        chunk(pl.ds(pl.multiple_of(i * length, length), length))
+        chunk(i, pl.ds(pl.multiple_of(i * length, length), length))
 
     # Two chunks a step of the loop fill each other's waits. The interpreter has none, and products of float32, of many
     # passes, are long enough.
@@ -378,13 +241,13 @@ def _for_each_chunk(spec, dtype, chunk, reverse=False) -> None:
     jax.lax.fori_loop(0, count, step, None, unroll=unroll)
 
 
-def _start(carry, state) -> None:
+def start(carry, state) -> None:
     @pl.when(pl.program_id(2) == 0)
     def _():
         carry[...] = jnp.zeros_like(carry) if state is None else state[0]
 
 
-def _finish(carry, last) -> None:
+def finish(carry, last) -> None:
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
         last[0] = carry[...]

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.pipelined import pipelined
 from pallas_kernels.ssd_scan.tpu_blocks import LANES
 from pallas_kernels.ssd_scan.tpu_chunk import (
     LAST,
@@ -36,7 +37,6 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     from_rows,
     next_heads,
     packs,
-    pipelined,
     repeated,
     running_sums,
     scales,

@@ -11,6 +11,7 @@ import functools
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from pallas_kernels.pipelined import pipelined
 from pallas_kernels.ssd_scan.tpu_blocks import LANES
 from pallas_kernels.ssd_scan.tpu_chunk import (
     LOG2_E,
@@ -23,7 +24,6 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     decay,
     dot,
     packs,
-    pipelined,
     running_sums,
     scales,
     similarity,
