@@ -165,6 +165,22 @@ def test_on_tpus_a_scanned_step_has_the_products_of_an_unrolled_one():
 
 @pytest.mark.slow
 @needs_libtpu
+@pytest.mark.parametrize("name", ["switch", "adamoe"])
+def test_tokens_go_to_the_experts_of_tpus_and_not_experts_to_the_tokens(name):
+    """There and back in both layers, forward and backward; no chip gathers the experts of another."""
+    config = configs.default(name, num_layers=2)
+    config.data.update(batch_size=16, seq_len=512)
+    config.mesh.update(data=1, expert=4)
+    plan = planning.plan(config, "v5e:2x2")
+    found = {row["kind"]: row for row in plan.work.collectives}
+    assert found.keys() == {"all-to-all", "all-reduce"}
+    assert found["all-to-all"]["times"] == 2 * 2 * 2
+    # Of gradients only those are summed that are not of experts, which are most of what a chip holds.
+    assert found["all-reduce"]["bytes"] < plan.memory.parameters / 2
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_the_command_plans_with_the_schedules_of_kernels(tmp_path):
     root = pathlib.Path(__file__).parents[3]
     flags = ("--config.data.batch_size=8", "--config.mesh.fsdp=-1", "--config.mesh.data=1")
