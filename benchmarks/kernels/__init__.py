@@ -8,7 +8,7 @@
 | `bundles` | the schedule of a TPU kernel, read from the compiler's dump |
 | `schedules`, `compile_schedules` | compiling for TPUs that are not here, in a process of its own |
 | `roofline` | the least time that a chip allows |
-| `report`, `plot` | table, JSON and picture |
+| `report`, `plot`, `page` | table, picture, and the page of the static figures |
 | `tune` | `python -m benchmarks.kernels.tune`: fills the tables of block sizes |
 | `costs`, `search` | what a program costs with given sizes; where to look for better ones |
 """

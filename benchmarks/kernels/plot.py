@@ -14,22 +14,22 @@ from benchmarks.kernels.suite import fastest_peer
 
 
 def save(report: dict[str, Any], path: Path) -> None:
-    """Draws what `suite.run` returns, a panel for the times and one for each chip, as PNG."""
+    """Draws what `suite.run` returns, a panel for the times, if any, and one for each chip, as PNG."""
     rows = report["rows"]
     cases = list(dict.fromkeys(_case(row) for row in rows))
     styles = _styles(rows, is_peer=False, markers="osD^") | _styles(rows, True, "x+1234")
-    panels = 1 + len(report["chips"])
-    figure = Figure(figsize=(4 + 4 * panels, 2 + 0.3 * len(cases)), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
 
     def time(row):
         peer = fastest_peer(rows, row)
         return row["time"]["seconds"] / peer if peer and "seconds" in row["time"] else None
 
-    title = f"time on {report['platform']} / fastest peer's"
-    _draw(axes[0], title, rows, cases, styles, time)
-    for chip, ax in zip(report["chips"], axes[1:], strict=True):
-        _draw(ax, f"{chip}: static cycles / roofline", rows, cases, styles, _ratio(chip))
+    panels = {f"{chip}: static cycles / roofline": _ratio(chip) for chip in report["chips"]}
+    if any("seconds" in row["time"] for row in rows):
+        panels = {f"time on {report['platform']} / fastest peer's": time} | panels
+    figure = Figure(figsize=(4 + 4 * len(panels), 2 + 0.3 * len(cases)), layout="constrained")
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for (title, value_of), ax in zip(panels.items(), axes, strict=True):
+        _draw(ax, title, rows, cases, styles, value_of)
     handles = {}
     for ax in axes:
         handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))

@@ -15,14 +15,15 @@ _PASSES = (FORWARD, BOTH)
 
 
 def tables(report: dict[str, Any]) -> Group:
-    """Times here, then the static figures of each chip, then what was not run.
+    """Times here, if any, then the static figures of each chip, then what was not run.
 
     Args:
         report: what `suite.run` returns.
     """
     not_run = ", ".join(report["not_run"])
+    is_timed = any("seconds" in row["time"] for row in report["rows"])
     return Group(
-        _times(report),
+        *([_times(report)] if is_timed else []),
         *(_static(report["rows"], chip) for chip in report["chips"]),
         Text(f"Not run: anything on {not_run}. Static figures are of no run, but of the compiler."),
     )

@@ -162,7 +162,8 @@ def _roofline(chip: Chip, work: Work, num_bytes: float) -> Roofline:
     return Roofline(
         {
             "matmul": sum(map(chip.matmul_cycles, work.products)),
-            "vector": work.vector_flops / chip.vector_flops_per_cycle,
+            # An exponential takes a slot of the vector unit, beside the time of its own unit.
+            "vector": (work.vector_flops + work.exponentials) / chip.vector_flops_per_cycle,
             "exponential": work.exponentials / chip.exponentials_per_cycle,
             "memory": num_bytes / chip.hbm_bytes_per_second * chip.clock,
         }

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import pallas_kernels
-from benchmarks.kernels import plot, report, suite, timing
+from benchmarks.kernels import page, plot, report, suite, timing
 from benchmarks.kernels.case import BOTH, FORWARD, num_bytes
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.cases.attention import causal_tiles
@@ -134,6 +134,20 @@ def test_schedules_come_from_the_compiler():
     assert 2 * 128 * 128 * 2 < kernel["vmem_bytes"] < 128 * 2**20
     assert found[case.shape, "jax.nn", FORWARD]["schedule"]["kernels"] == []
     assert found[case.shape, "jax.nn", FORWARD]["schedule"]["xla_cycles"] > 0
+
+
+def test_the_page_holds_cycles_against_roofs_and_peers():
+    case = {"op": "softmax", "shape": "[2, 3]", "pass": FORWARD}
+    roofs = {"matmul": 0.0, "vector": 10.0, "exponential": 20.0, "memory": 200.0}
+    static = {"roofs": roofs, "ratio": 1.5, "cycles": 300}
+    rows = [case | {"is_peer": False, "static": {"v5e": static}}]
+    rows += [
+        case | {"is_peer": True, "static": {"v5e": {"cycles": cycles}}} for cycles in (400, 600)
+    ]
+    rows.append(case | {"is_peer": False, "static": {"v5e": {"not_run": "loops"}}})
+    text = page.document({"rows": rows, "chips": ["v5e"], "versions": {"jax": "1.2"}})
+    (line,) = (line for line in text.splitlines() if line.startswith("| softmax"))
+    assert line == ("| softmax | [2, 3] | forward | 300 | 20 exponential | 200 | 1.50 | 0.75 |")
 
 
 def test_unknown_names_are_refused():

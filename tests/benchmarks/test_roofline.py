@@ -41,6 +41,7 @@ def test_work_adds_up():
 
 
 def test_the_highest_roof_counts():
-    work = Work(vector_flops=4096 * 10, exponentials=1024 * 11)
+    work = Work(vector_flops=4096 * 8, exponentials=1024 * 11)
     found = roofline(CHIPS["v5e"], [work], 0)
     assert (found.cycles, found.bound) == (11, "exponential")
+    assert found.roofs["vector"] == 8 + 11 / 4
