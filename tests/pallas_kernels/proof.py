@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import topology
 
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+FEW = 16  # entries
 # Every chip that kernels are compiled for; beyond the first only with `-m slow`.
 CHIPS = ("v5e", pytest.param("v6e", marks=pytest.mark.slow))
 
@@ -79,7 +80,9 @@ def assert_close(
     print({name: f"{error:.1e}" for name, error in errors.items()})
     assert set(got) == set(want)
     for name, error in errors.items():
-        assert error < TOLERANCE[dtype], f"{name}: relative error {error:.1e}"
+        # A few sums of very many terms may all but cancel, which the rounding of the terms does not.
+        tolerance = TOLERANCE[dtype] * (4 if want[name].size < FEW else 1)
+        assert error < tolerance, f"{name}: relative error {error:.1e}"
     for name, value in inputs.items():
         assert got[f"d_{name}"].dtype == jnp.dtype(dtype), name
         assert got[f"d_{name}"].shape == np.shape(value), name
