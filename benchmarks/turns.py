@@ -65,11 +65,22 @@ class Side:
         self._process.wait()
 
 
-def compare(sides: Sequence[Side], program: str, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side for a program in each round, after a round that does not count."""
+def compare(
+    sides: Sequence[Side], program: str, rounds: int, before: str | None = None
+) -> dict[str, list[float]]:
+    """Seconds of each side for a program in each round, after a round that does not count.
+
+    Args:
+        sides: what is compared.
+        program: what is timed.
+        rounds: how often.
+        before: what a side runs at the beginning of each of its turns, untimed, to be as it is in the midst of work.
+    """
     seconds = {side.name: [] for side in sides}
     for number in range(rounds + 1):
         for side in sides:
+            if before is not None:
+                side.run(before)
             took = side.run(program)
             if number:
                 seconds[side.name].append(took)

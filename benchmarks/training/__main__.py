@@ -1,9 +1,10 @@
 """Three processes in turns: this library, PyTorch 2.13 eager, and PyTorch under `torch.compile`, on all cores.
 
 They train the same model from the same numbers on the same batches, which the losses of their first steps show; then
-each does a few steps in turn, many times over. Compiling is not in the measured time. All of them, PyTorch too, have
-their memory in huge pages where the kernel leaves that to programs, as `train.py` has. PyTorch has wheels for Python
-3.11 here, so that its sides run in an environment of their own that `uv` makes.
+each does a few steps in turn, many times over. Compiling is not in the measured time, nor is the first step of a turn:
+what a process frees while it works comes back to it at once, and a virtual machine may have taken it after a pause.
+All of them, PyTorch too, have their memory in huge pages where the kernel leaves that to programs, as `train.py` has.
+PyTorch has wheels for Python 3.11 here, so that its sides run in an environment of their own that `uv` makes.
 """
 
 import os
@@ -42,7 +43,7 @@ def main(argv):
     ]
     losses = {side.name: side.ask("compare") for side in sides}
     parameters = {side.name: side.ask("parameters") for side in sides}
-    seconds = turns.compare(sides, "train", _ROUNDS.value)
+    seconds = turns.compare(sides, "train", _ROUNDS.value, before="resume")
     for side in sides:
         side.close()
     publish(

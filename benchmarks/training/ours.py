@@ -105,6 +105,7 @@ def programs() -> dict:
     training = Training()
     return {
         "compare": lambda: training.run(task.COMPARED),
+        "resume": lambda: training.run(1),
         "train": lambda: training.run(task.STEPS),
         "parameters": training.num_parameters,
     }

@@ -105,6 +105,7 @@ def programs(compiled: bool) -> dict:
     training = Training(compiled)
     return {
         "compare": lambda: training.run(task.COMPARED),
+        "resume": lambda: training.run(1),
         "train": lambda: training.run(task.STEPS),
         "parameters": training.num_parameters,
     }
