@@ -4,6 +4,7 @@ Each side of a comparison lives in a process of its own, with its own Python and
 other works. Only the standard library, so that any Python 3.11 can be a side.
 """
 
+import functools
 import json
 import statistics
 import subprocess
@@ -76,15 +77,24 @@ def compare(
         rounds: how often.
         before: what a side runs at the beginning of each of its turns, untimed, to be as it is in the midst of work.
     """
-    seconds = {side.name: [] for side in sides}
+
+    def turn(side: Side) -> float:
+        if before is not None:
+            side.run(before)
+        return side.run(program)
+
+    return in_turn({side.name: functools.partial(turn, side) for side in sides}, rounds)
+
+
+def in_turn(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each returns in each round, all of them in turn, after a round that does not count."""
+    found = {name: [] for name in runs}
     for number in range(rounds + 1):
-        for side in sides:
-            if before is not None:
-                side.run(before)
-            took = side.run(program)
+        for name, run in runs.items():
+            measured = run()
             if number:
-                seconds[side.name].append(took)
-    return seconds
+                found[name].append(measured)
+    return found
 
 
 def ratio(seconds: Mapping[str, Sequence[float]], name: str, other: str) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import jax
 import ml_collections
 
+from benchmarks import turns
 from effjax import data, models, optim, registry
 from effjax.training import config as configs
 from effjax.training.state import initialise, initialiser
@@ -14,14 +15,8 @@ from effjax.training.step import make_train_step
 
 def measure(named: Mapping[str, ml_collections.ConfigDict], rounds: int) -> dict[str, list[float]]:
     """Tokens a second of a training step of each config, in each round."""
-    steps = {name: _Step(config) for name, config in named.items()}
-    found = {name: [] for name in steps}
-    for number in range(rounds + 1):
-        for name, step in steps.items():
-            tokens_per_second = step.run()
-            if number:  # the first compiles
-                found[name].append(tokens_per_second)
-    return found
+    # The round that does not count compiles.
+    return turns.in_turn({name: _Step(config).run for name, config in named.items()}, rounds)
 
 
 class _Step:

@@ -32,7 +32,7 @@ _ONE_ROW = {"v5p:4x4x4": 64, "v5p:8x8x8": 512, "v5p:16x16x16": 4096}
 _OVER_64 = ("--config.mesh.data=-1", "--config.mesh.fsdp=64")
 
 
-def _over_64(rows: int) -> tuple[str, ...]:
+def _with_rows(rows: int) -> tuple[str, ...]:
     """So many rows a step: what is gathered is worth it if there are enough of them on a chip."""
     return (*_OVER_64, f"--config.data.batch_size={rows}")
 
@@ -40,13 +40,13 @@ def _over_64(rows: int) -> tuple[str, ...]:
 UTILIZATION = (
     Case("transformer:1.7b", "v5e:16x16", _OVER_64, 0.5),
     Case("mor:1.7b", "v5e:16x16", _OVER_64, 0.5),
-    Case("transformer:1.7b", "v5p:8x8x8", _over_64(1024), 0.5),
+    Case("transformer:1.7b", "v5p:8x8x8", _with_rows(1024), 0.5),
     # Of the rows that go to later recursions there are fewer tokens.
-    Case("mor:1.7b", "v5p:8x8x8", _over_64(2048), 0.5),
+    Case("mor:1.7b", "v5p:8x8x8", _with_rows(2048), 0.5),
     # Nothing has to be recomputed where there are 95 GiB.
     Case("adamoe:mixtral-8x7b", "v5p:8x8x8", ("--config.model.remat=none",), 0.4),
 )
 MEMORY = tuple(
-    Case("transformer:135m", topology, _over_64(chips)) for topology, chips in _ONE_ROW.items()
+    Case("transformer:135m", topology, _with_rows(chips)) for topology, chips in _ONE_ROW.items()
 )
 CASES = {case.name: case for case in (*UTILIZATION, *MEMORY)}

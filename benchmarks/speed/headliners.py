@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from benchmarks import turns
 from benchmarks.speed.step import Step
 from configs import adamoe, based, mamba, mamba2, matryoshka, mor, switch
 from effjax import models, pytree
@@ -39,13 +40,8 @@ def measure(name: str, rounds: int) -> dict[str, dict[str, Any]]:
         "equal parameters": dense(config, parameters),
         "equal FLOPs": dense(config, flops_per_token),
     }
-    steps = {key: Step(configs.resolve(config)) for key, config in named.items()}
-    seconds: dict[str, list[float]] = {key: [] for key in steps}
-    for number in range(rounds + 1):
-        for key, step in steps.items():
-            took = step.seconds()
-            if number:  # the first touches memory for the first time
-                seconds[key].append(took)
+    steps = {key: Step(configs.resolve(config)).seconds for key, config in named.items()}
+    seconds = turns.in_turn(steps, rounds)
     return {
         key: {
             "parameters": parameters(config),

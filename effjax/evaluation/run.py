@@ -59,7 +59,7 @@ def evaluate(config: Mapping[str, Any] | None, workdir: str | Path) -> dict[str,
     mesh = _mesh_of(chosen) if config is not None else _mesh_here(chosen)
     share = Share.of(mesh, chosen["data"]["batch_size"])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
-        run = restore(config, workdir, mesh)
+        run = _restored(chosen, workdir, mesh)
         return evaluate_variables(
             run.config,
             run.model,
@@ -97,7 +97,10 @@ def restore(
       workdir: of the run.
       mesh: what the variables are split over, as in training; None puts them on the first device.
     """
-    config = _chosen(config, workdir)
+    return _restored(_chosen(config, workdir), workdir, mesh)
+
+
+def _restored(config: dict[str, Any], workdir: str | Path, mesh: Mesh | None) -> Restored:
     step = config.get("evaluation", {}).get("step")
     shardings = mesh and functools.partial(sharding.state_shardings, mesh=mesh)
     variables, step = checkpoint.restore_variables(workdir, step, shardings)
