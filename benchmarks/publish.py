@@ -14,12 +14,23 @@ def publish(
     path: str | Path,
     draw: Callable[[Mapping[str, Any], Path], None],
     table: Callable[[Mapping[str, Any]], Table],
+    picture: str | Path | None = None,
 ) -> None:
-    """Writes the report to `path`, draws it as a PNG of that name, prints its table, and says what was written."""
+    """Writes the report to `path`, draws it, prints its table, and says what was written.
+
+    Args:
+        report: what JSON can hold.
+        path: of the report.
+        draw: makes a PNG of it at a path.
+        table: makes its table.
+        picture: path of the PNG; None: beside the report.
+    """
     out = Path(path)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(report, indent=2) + "\n")
-    draw(report, out.with_suffix(".png"))
+    picture = out.with_suffix(".png") if picture is None else Path(picture)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    draw(report, picture)
     console = Console()
     console.print(table(report))
-    console.print(f"wrote {out} and {out.with_suffix('.png')}")
+    console.print(f"wrote {out} and {picture}")

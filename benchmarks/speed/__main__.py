@@ -15,7 +15,7 @@ from absl import app, flags, logging
 
 from benchmarks.publish import publish
 from benchmarks.speed import first_step, headliners, host, imports
-from benchmarks.speed.page import document, draw, table
+from benchmarks.speed.page import PICTURE, document, draw, table
 from effjax import compilation, huge_pages
 
 SECTIONS = {
@@ -38,7 +38,7 @@ def main(argv):
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)  # the libraries of checkpoints log every file they write
     compilation.enable_cache()
-    out, training = Path(_OUT.value), Path(_TRAINING.value)
+    out, training, page = (Path(flag.value) for flag in (_OUT, _TRAINING, _DOCUMENT))
     report = json.loads(out.read_text()) if out.is_file() else {}
     beside_torch = json.loads(training.read_text()) if training.is_file() else None
     for section in _ONLY.value:
@@ -50,9 +50,9 @@ def main(argv):
             "machine": _machine(),
         }
         report = {name: report[name] for name in SECTIONS if name in report}
-        publish(report, out, draw, table)
-        Path(_DOCUMENT.value).write_text(document(report, beside_torch))
-    print(f"wrote {_DOCUMENT.value}")
+        publish(report, out, draw, table, page.parent / PICTURE)
+        page.write_text(document(report, beside_torch))
+    print(f"wrote {page}")
 
 
 def _machine() -> str:

@@ -58,6 +58,7 @@ products.
 | model | parameters | FLOPs a token, forward | steps/s | times the transformer of equal parameters | of equal FLOPs |
 |---|--:|--:|--:|--:|--:|
 """
+PICTURE = "results/speed.png"
 _TRAINING = """
 ## Beside PyTorch
 
@@ -84,6 +85,8 @@ def document(report: Report, training: Mapping[str, Any] | None) -> str:
     ):
         lines = [f"| {' | '.join(row)} |\n" for row in rows]
         page += heading + "".join(lines) if lines else ""
+    if any(name in report for name in headliners.RECIPES):
+        page += f"\n![steps a second over those of the transformers]({PICTURE})\n"
     if training is not None:
         page += _beside_torch(training)
     return page + _conditions(report)
