@@ -1,5 +1,6 @@
 """Softmax attention with grouped-query heads and rotary positions: the Llama mixer."""
 
+import dataclasses
 from typing import ClassVar
 
 import flax.linen as nn
@@ -191,7 +192,8 @@ class Attention(nn.Module):
             kv = state.concatenate(fresh)
             real = fresh.segment_ids > 0
             order = state.length[:, None] + jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1
-            kv = kv.replace(positions=jnp.concatenate([state.order(), order], axis=1))
+            positions = jnp.concatenate([state.order(), order], axis=1)
+            kv = dataclasses.replace(kv, positions=positions)
             return self._attend(q, order, fresh.segment_ids, kv)
 
         # A prompt is the rule, and does not pay for the empty slots of its cache.

@@ -1,5 +1,7 @@
 """The causal depthwise convolution of a few taps, and what it remembers: part of ShortConv, Mamba and Mamba-2."""
 
+import dataclasses
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -79,7 +81,8 @@ def _append(
     segments = jnp.concatenate([state.segment_ids, segment_ids], axis=1)
     segments = jnp.take_along_axis(segments, order, axis=1)
     newest = jnp.sum(segment_ids > 0, axis=1)[:, None] + jnp.arange(num_slots)
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         inputs=jnp.take_along_axis(inputs, newest[..., None], axis=1).astype(state.inputs.dtype),
         segment_ids=jnp.take_along_axis(segments, newest, axis=1),
     )

@@ -4,6 +4,7 @@ A decoder whose rows are at recursions of their own reads, for each of them, the
 these caches would cost as much as attention to them; a pool of them and the row of each costs nothing.
 """
 
+import dataclasses
 import math
 from typing import ClassVar
 
@@ -100,7 +101,7 @@ class KVRows:
             v=write(self.pool.v, new.v),
             length=self.pool.length.at[row].add(1, mode="drop"),
         )
-        return self.replace(pool=pool)
+        return dataclasses.replace(self, pool=pool)
 
     def _pages(self, slots):
         return slots.reshape(-1, self.page_size, *slots.shape[2:])

@@ -5,6 +5,7 @@ is a cache with as many slots as the window. What is appended is of one segment 
 slots from the first, which is how `pallas_kernels.decode_attention` reads them.
 """
 
+import dataclasses
 from typing import ClassVar
 
 import flax.struct
@@ -51,7 +52,7 @@ class KVState:
 
     def freeze(self, newest: bool = False) -> "KVState":
         """The same state, to be read only; by each row's newest token, if so."""
-        return self.replace(frozen=True, newest=newest)
+        return dataclasses.replace(self, frozen=True, newest=newest)
 
     def append(self, new: "KVState") -> "KVState":
         """Writes the tokens of `new` (padding left out) behind those here, over the oldest slots if full.
@@ -74,7 +75,8 @@ class KVState:
         def write(old, fresh):
             return old.at[rows, slot].set(fresh.astype(old.dtype), mode="drop")
 
-        return self.replace(
+        return dataclasses.replace(
+            self,
             k=write(self.k, new.k),
             v=write(self.v, new.v),
             positions=write(self.positions, new.positions),
@@ -91,7 +93,8 @@ class KVState:
     def concatenate(self, new: "KVState") -> "KVState":
         """The slots here followed by those of `new`."""
         join = lambda a, b: jnp.concatenate([a, b.astype(a.dtype)], axis=1)  # noqa: E731
-        return self.replace(
+        return dataclasses.replace(
+            self,
             k=join(self.k, new.k),
             v=join(self.v, new.v),
             positions=join(self.positions, new.positions),

@@ -4,6 +4,8 @@ A row of a `KVState` has the room of the longest text that may come. Here the ro
 as their texts need (Kwon et al., 2023, "PagedAttention", arXiv 2309.06180); who gets which page is decided outside.
 """
 
+import dataclasses
+
 import flax.struct
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -40,7 +42,7 @@ class PagedKVState:
 
     def freeze(self, newest: bool = False) -> "PagedKVState":
         """As `KVState.freeze`."""
-        return self.replace(frozen=True, newest=newest)
+        return dataclasses.replace(self, frozen=True, newest=newest)
 
     def append(self, new: KVState) -> "PagedKVState":
         """Writes the tokens of `new` (padding left out) behind those here."""
@@ -55,7 +57,8 @@ class PagedKVState:
         def write(pages, fresh):
             return pages.at[page, token % page_size].set(fresh.astype(pages.dtype), mode="drop")
 
-        return self.replace(
+        return dataclasses.replace(
+            self,
             k=write(self.k, new.k),
             v=write(self.v, new.v),
             length=self.length + jnp.sum(valid, axis=1, dtype=jnp.int32),

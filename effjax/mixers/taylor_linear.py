@@ -128,6 +128,6 @@ class TaylorLinear(nn.Module):
             )
 
         heads, tokens = "batch length heads _", "batch length"
-        sums = LinearAttentionState("batch heads _ _", "batch heads _")
+        sums = LinearAttentionState._make(("batch heads _ _", "batch heads _"))
         attend = on_shards(attend, (heads, heads, heads, tokens, sums), (heads, sums))
         return attend(q, k, v, segment_ids, before)

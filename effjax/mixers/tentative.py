@@ -8,6 +8,7 @@ That costs the maps that the state is made by (keys and values, say) at a few to
 anyway; what else the mixer would compute for them is not used, and the compiler drops it.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -111,7 +112,9 @@ def settle(states: Any, end: Int[Array, " B"]) -> Any:
       states: the decode states that a depth policy returned, of mixers that are `Tentative`.
       end: of each row.
     """
-    return _each(lambda s: s.replace(end=jnp.broadcast_to(end, s.end.shape), after=None), states)
+    return _each(
+        lambda s: dataclasses.replace(s, end=jnp.broadcast_to(end, s.end.shape), after=None), states
+    )
 
 
 def make_tentative(states: Any, empty: Any) -> Any:
@@ -121,7 +124,7 @@ def make_tentative(states: Any, empty: Any) -> Any:
       states: what a depth policy keeps.
       empty: what it keeps of the tentative mixers before the first token; its size is taken.
     """
-    return _each(lambda s, plain: s.replace(before=plain), empty, states)
+    return _each(lambda s, plain: dataclasses.replace(s, before=plain), empty, states)
 
 
 def _each(function: Callable, states: Any, *rest: Any) -> Any:
