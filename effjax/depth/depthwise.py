@@ -7,6 +7,7 @@ Bae et al., 2025, arXiv 2507.10524, on inference throughput). Here is one such a
 before the first and leaves after its last; in which order is up to a loop (`effjax.serving.generate_depthwise`).
 """
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -97,7 +98,7 @@ class Depthwise(nn.Module):
             jax.tree.map(join, *(pooled.recursions[r] for r in alike[: self._num_kept(alike)]))
             for alike in self.layout(stack).alike.values()
         )
-        return pooled.replace(recursions=pools)
+        return dataclasses.replace(pooled, recursions=pools)
 
     def put(
         self, stack: Stack, pool: RecursiveState, new: RecursiveState, rows: Int[Array, " K"]
@@ -151,7 +152,7 @@ class Depthwise(nn.Module):
             goes_on=goes_on & (segment_ids > 0),
             kept=kept,
         )
-        return journey, pool.replace(first=states)
+        return journey, dataclasses.replace(pool, first=states)
 
     @nn.compact
     def recurse(
@@ -201,7 +202,7 @@ class Depthwise(nn.Module):
         journey = jax.tree.map(
             lambda new, old: jnp.where(_like(journey.goes_on, old), new, old), moved, journey
         )
-        return journey, pool.replace(recursions=tuple(pools))
+        return journey, dataclasses.replace(pool, recursions=tuple(pools))
 
     @nn.compact
     def leave(
@@ -217,7 +218,7 @@ class Depthwise(nn.Module):
         """Takes a token of some rows through what is after the recursions. Arguments as for `enter`."""
         _, _, last = self.layout(stack).bind(stack, self)
         x, states = _run_rows(last, x, rows, positions, segment_ids, pool.last)
-        return x, pool.replace(last=states)
+        return x, dataclasses.replace(pool, last=states)
 
     def _num_kept(self, alike: tuple[int, ...]) -> int:
         """How many of some recursions keep a decode state."""

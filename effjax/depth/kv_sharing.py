@@ -72,25 +72,25 @@ class Shared:
         return Shared((_each(_kept, new),), _each(_seen, new))
 
 
-KV_SHARINGS = {"recursion_wise": RecursionWise, "shared": Shared}
+KV_SHARINGS: dict[str, type[RecursionWise] | type[Shared]] = {
+    "recursion_wise": RecursionWise,
+    "shared": Shared,
+}
 
 
 @flax.struct.dataclass
 class _Lending:
-    """A cache to which a call appends several tokens, beside everything that they see.
+    """A cache to which a call appends several tokens, all of which later recursions of it have to see.
 
-    In a ring, the last of the tokens may take the slot of a key that the first of them sees; later recursions of the
-    same call have to see it too.
+    In a ring, the last of the tokens may take the slot of a key that the first of them sees.
 
     Attributes:
       cache: what is kept.
-      seen: the cache before the tokens, and the tokens.
     """
 
     frozen = False
 
     cache: KVState | PagedKVState
-    seen: KVState | None = None
 
     @property
     def length(self) -> Int[Array, " B"]:
@@ -99,16 +99,27 @@ class _Lending:
     def order(self) -> Int[Array, "B S"]:
         return self.cache.order()
 
-    def append(self, new: KVState) -> "_Lending":
-        return _Lending(self.cache.append(new), self.cache.concatenate(new))
+    def append(self, new: KVState) -> "_Lent":
+        return _Lent(self.cache.append(new), self.cache.concatenate(new))
 
     def concatenate(self, new: KVState) -> KVState:
         return self.cache.concatenate(new)
 
 
+@flax.struct.dataclass
+class _Lent(_Lending):
+    """A cache after those tokens.
+
+    Attributes:
+      seen: the cache before the tokens, and the tokens.
+    """
+
+    seen: KVState
+
+
 def _lend(state: Any) -> Any:
     if isinstance(state, TentativeState):
-        return state.replace(before=_lend(state.before))
+        return dataclasses.replace(state, before=_lend(state.before))
     return _Lending(state)
 
 
@@ -116,13 +127,13 @@ def _seen(state: Any) -> KVState | PagedKVState:
     """What the tokens of a call saw in the first recursion, for the later ones to read."""
     if isinstance(state, TentativeState):
         return _seen(state.after)
-    return state.seen.freeze() if isinstance(state, _Lending) else state.freeze(newest=True)
+    return state.seen.freeze() if isinstance(state, _Lent) else state.freeze(newest=True)
 
 
 def _kept(state: Any) -> Any:
     """The state after a call, of the type that it had before."""
     if isinstance(state, TentativeState):
-        return state.replace(before=_kept(state.before), after=None)
+        return dataclasses.replace(state, before=_kept(state.before), after=None)
     return state.cache if isinstance(state, _Lending) else state
 
 

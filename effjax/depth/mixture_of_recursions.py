@@ -1,6 +1,7 @@
 """Mixture-of-Recursions: a recursive Transformer in which every token gets its own number of recursions."""
 
 import functools
+from typing import TypedDict
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -14,6 +15,14 @@ from effjax.depth.stack import Stack
 from effjax.depth.subset import Subset
 from effjax.nn import scalars
 from effjax.registry import describe, register, unknown
+
+
+class _Tokens(TypedDict):
+    """What every stack is told of the tokens of a call."""
+
+    positions: Int[Array, "B T"]
+    segment_ids: Int[Array, "B T"]
+    train: bool
 
 
 @register("depth", "mixture_of_recursions")
@@ -109,37 +118,39 @@ class MixtureOfRecursions(Depthwise):
         if self.kv_sharing == "shared":
             stack = stack.clone(num_microbatches=None)
         first, recursions, last = self.layout(stack).bind(stack, self)
-        given = RecursiveState(None, None, None) if state is None else state
-        everywhere = {"positions": positions, "segment_ids": segment_ids, "train": train}
-        x, first_state, first_aux = run(first, x, states=given.first, **everywhere)
+        before, passed, behind = (
+            (None, None, None) if state is None else (state.first, state.recursions, state.last)
+        )
+        tokens = _Tokens(positions=positions, segment_ids=segment_ids, train=train)
+        x, first_state, first_aux = run(first, x, states=before, **tokens)
         x, caches, aux = self.routing(
-            functools.partial(self._recurse, recursions, everywhere),
+            functools.partial(self._recurse, recursions, tokens),
             x,
-            KV_SHARINGS[self.kv_sharing](given.recursions),
+            KV_SHARINGS[self.kv_sharing](passed),
             num_recursions=self.num_recursions,
             segment_ids=segment_ids,
             train=train,
         )
-        x, last_state, last_aux = run(last, x, states=given.last, **everywhere)
+        x, last_state, last_aux = run(last, x, states=behind, **tokens)
         new_state = RecursiveState(first_state, caches.states, last_state)
         aux = scalars.combine([first_aux, aux, last_aux])
         return x, None if state is None else new_state, aux
 
-    def _recurse(self, recursions, everywhere, r, x, subset: Subset, caches):
+    def _recurse(self, recursions, tokens: _Tokens, r, x, subset: Subset, caches):
         """Recursion r on the tokens of a subset: (f(x) [B, K, D], caches for the next recursion, aux)."""
         batch, length, d_model = x.shape
         decoding = caches.states is not None and length == 1
         y, states, aux = run(
             recursions[r],
             subset.take(x),
-            positions=subset.take(everywhere["positions"]),
-            segment_ids=subset.take(everywhere["segment_ids"]),
+            positions=subset.take(tokens["positions"]),
+            segment_ids=subset.take(tokens["segment_ids"]),
             states=caches.before(r, length),
-            train=everywhere["train"],
+            train=tokens["train"],
             when=jnp.any(subset.token < length) if decoding else None,
         )
         used = subset.size / length
-        if not everywhere["train"]:
+        if not tokens["train"]:
             used = jnp.sum(subset.token < length) / (batch * length)
         full = sum(stack.flops_per_token(d_model, length) for stack in recursions[r])
         aux |= scalars.flops(aux["flops/spent"] * used, full)

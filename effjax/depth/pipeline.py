@@ -30,7 +30,7 @@ def num_stages() -> int:
     return shards.num_parts(STAGE)
 
 
-def takes(num_rows: int, num_repeats: int, num_microbatches: int | None) -> bool:
+def takes(num_rows: int, num_repeats: int, num_microbatches: int) -> bool:
     """Whether layers are a pipeline on the mesh in use: it has stages, and both the layers and the rows divide.
 
     If they do not, the log says why, and all devices apply all layers to rows of their own.
@@ -41,7 +41,7 @@ def takes(num_rows: int, num_repeats: int, num_microbatches: int | None) -> bool
       num_microbatches: M.
     """
     size = num_stages()
-    if size == 1 or num_microbatches is None:
+    if size == 1:
         return False
     held = shards.num_parts("batch") // size * num_microbatches
     for what, count, parts in (

@@ -95,6 +95,8 @@ class Layout:
                 f"num_layers={num_layers} with sharing={strategy!r} and num_recursions={num_recursions}; "
                 f"valid: num_layers of {valid}, ..."
             )
+        shared: tuple[tuple[int, ...], ...]
+        steps: tuple[tuple[int, ...], ...]
         if strategy.endswith("cycle"):
             shared = (tuple(range(ends, ends + depth)),)
             steps = ((0,),) * num_recursions

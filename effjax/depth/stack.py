@@ -43,7 +43,7 @@ REMAT_POLICIES = {
 }
 
 
-def fresh(part: nn.Module, **fields) -> nn.Module:
+def fresh[M: nn.Module](part: M, **fields) -> M:
     """An unbound copy of a part, so that each use of a template gets parameters of its own."""
     return part.clone(parent=None, name=None, **fields)
 
@@ -131,8 +131,9 @@ class Stack(nn.Module):
     def _scan(self, x, positions, segment_ids, states, train):
         period, repeats = pattern_period(self.blocks), self.num_repeats
         may_pipeline = states is None and not self.is_initializing()
-        if may_pipeline and pipeline.takes(len(x), repeats, self.num_microbatches):
-            return self._pipelined(x, positions, segment_ids, train)
+        count = self.num_microbatches
+        if may_pipeline and count is not None and pipeline.takes(len(x), repeats, count):
+            return self._pipelined(x, positions, segment_ids, train, count)
         group = _Group(
             tuple(fresh(b) for b in self.blocks[:period]), self.remat, parent=self, name="groups"
         )
@@ -150,7 +151,7 @@ class Stack(nn.Module):
         x, (new_states, aux) = scan(group, x, states)
         return x, new_states, scalars.collapse(aux)
 
-    def _pipelined(self, x, positions, segment_ids, train):
+    def _pipelined(self, x, positions, segment_ids, train, num_microbatches: int):
         """As `_scan` without states; keys differ from micro-batch to micro-batch."""
         repeat = self.take(range(pattern_period(self.blocks))).clone(scan_layers=False)
         keys = {
@@ -159,13 +160,15 @@ class Stack(nn.Module):
             if self.has_rng(name)
         }
 
+        apply = nn.apply(Stack.__call__, repeat)
+
         def stage(step, layers, rows):
             x, positions, segment_ids = rows
 
             def layer(x, given):
                 params, keys = given
                 rngs = {name: jax.random.fold_in(key, step) for name, key in keys.items()}
-                x, _, aux = repeat.apply(
+                x, _, aux = apply(
                     {"params": params},
                     x,
                     positions=positions,
@@ -179,7 +182,7 @@ class Stack(nn.Module):
             return (x, positions, segment_ids), scalars.collapse(aux)
 
         layers, rows = (self.variables["params"], keys), (x, positions, segment_ids)
-        (x, *_), reports = pipeline.run(stage, layers, rows, self.num_microbatches)
+        (x, *_), reports = pipeline.run(stage, layers, rows, num_microbatches)
         return x, None, pipeline.of_batch(reports, segment_ids)
 
 
