@@ -43,7 +43,7 @@ class RegistryError(ValueError):
     """An unknown name or field, or a value of the wrong type; the message says what would be valid."""
 
 
-def register(kind: str, name: str) -> Callable[[Any], Any]:
+def register[Part](kind: str, name: str) -> Callable[[Part], Part]:
     """Decorator: makes a class or function known as `name` among the parts of `kind`.
 
     Raises:

@@ -2,12 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from flax.typing import VariableDict
 from jaxtyping import Array, Float, Int
 
 from effjax.depth import Block, Depthwise, Journey, Plain, Stack, fresh
@@ -295,6 +296,11 @@ class SequenceModel(nn.Module):
             state=dataclasses.replace(state, layers=layers, length=length),
             **head,
         )
+
+    if TYPE_CHECKING:
+
+        def apply(self, variables: VariableDict, *args: Any, **kwargs: Any) -> Any:
+            """Linen's, whose type says that a pair may come back: one does if something is `mutable`."""
 
     def _normed(self, x):
         # A stack whose layers end in a norm needs no other.
