@@ -8,15 +8,17 @@ from typing import Any
 import grain
 import ml_collections
 import numpy as np
+from grain import DatasetIterator as DataIterator
 
 from effjax import registry
 from effjax.data import pipeline
 from effjax.data.packing import check_ids
 from effjax.data.pairs import encode_pair
 from effjax.data.prefetch import PrefetchIterator
-from effjax.data.retries import Patience, Retried
+from effjax.data.retries import Patience, RandomAccess, Retried
 from effjax.data.sources import (
     Documents,
+    Pair,
     PairSource,
     RowSource,
     StandardLibrary,
@@ -26,8 +28,6 @@ from effjax.data.sources import (
 )
 from effjax.data.splits import check_split
 from effjax.data.tokenizers import ByteTokenizer, Tokenizer
-
-DataIterator = grain.DatasetIterator
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,11 +184,14 @@ def _heldout(recipe: DataRecipe, share: dict[str, Any]) -> grain.IterDataset:
 def _find(recipe: DataRecipe, split: str) -> Documents | grain.MapDataset:
     """The documents of a split, or its examples where the source makes these; at least one."""
     source, tokenizer = recipe.source, recipe.tokenizer
+    found: Documents | RandomAccess[Pair] | RandomAccess[dict[str, np.ndarray]]
     if isinstance(source, RowSource):
         check_ids(source.vocab_size - 1, tokenizer)
         found = source.rows(split, recipe.seq_len)
+    elif isinstance(source, PairSource):
+        found = source.pairs(split)
     else:
-        found = source.pairs(split) if isinstance(source, PairSource) else source.documents(split)
+        found = source.documents(split)
     if isinstance(found, TokenDocuments) and found.largest_id is not None:
         check_ids(found.largest_id, tokenizer)  # now, and not in the middle of training
     patience = Patience(recipe.retries, recipe.retry_seconds)

@@ -3,8 +3,8 @@
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -69,19 +69,32 @@ class Patience:
 NO_PATIENCE = Patience(retries=0, seconds=0.0)
 
 
-class Retried:
+class RandomAccess[Item](Protocol):
+    """Items by their number, as grain asks for them: a sequence without slices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Item: ...
+
+    def __iter__(self) -> Iterator[Item]: ...
+
+
+class Retried[Item]:
     """Random-access items that are tried again when they cannot be read. A grain random-access source."""
 
-    def __init__(self, items: Sequence[Any], patience: Patience, source: str):
+    def __init__(self, items: RandomAccess[Item], patience: Patience, source: str):
         """Wraps `items`; `source` names them in messages."""
         self._items, self._patience, self._source = items, patience, source
 
     def __len__(self) -> int:
         return len(self._items)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> Item:
         what = f"data: item {index} of source {self._source}"
         return self._patience.call(lambda: self._items[index], what)
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
         return repr(self._items)

@@ -8,6 +8,7 @@ models with different tokenizers comparable: bits per byte is the summed loss in
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -150,7 +151,7 @@ class HuggingFaceTokenizer:
         spec = json.loads(self._model.to_str())
         decoders = _decoder_types(spec.get("decoder"))
         if "ByteLevel" in decoders:
-            measure = len  # each character of a token stands for one byte
+            measure: Callable[[str], int] = len  # each character of a token stands for one byte
         elif decoders & {"Metaspace", "Replace", "ByteFallback"}:
             measure = _bytes_of_piece
         else:

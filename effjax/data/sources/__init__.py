@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from effjax.data.associative_recall import AssociativeRecall
+from effjax.data.retries import RandomAccess
 from effjax.data.sources.files import FileSpans
 from effjax.data.sources.huggingface import HuggingFaceDataset, StreamedDocuments
 from effjax.data.sources.stdlib import StandardLibrary
@@ -20,7 +21,7 @@ from effjax.data.sources.stdlib_pairs import Pair, StandardLibraryPairs
 from effjax.data.sources.text import TextFiles
 from effjax.data.sources.tokens import TokenDocuments, TokenFiles
 
-Documents = Sequence[bytes | np.ndarray] | FileSpans | TokenDocuments | StreamedDocuments
+Documents = RandomAccess[bytes | np.ndarray] | StreamedDocuments
 
 
 @runtime_checkable

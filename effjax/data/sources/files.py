@@ -76,6 +76,9 @@ class FileSpans:
             file.seek(start)
             return file.read(stop - start)
 
+    def __iter__(self) -> Iterator[bytes]:
+        return (self[index] for index in range(len(self)))
+
     def take(self, indices: np.ndarray) -> "FileSpans":
         """The documents at these indices."""
         return FileSpans(

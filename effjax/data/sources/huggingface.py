@@ -52,8 +52,8 @@ class HuggingFaceDataset:
         """
         check_split(split)
         by_hash = self.heldout_split is None
-        of_dataset = self.train_split if by_hash or split == "train" else self.heldout_split
-        dataset = self._load(of_dataset)
+        held_out = self.train_split if self.heldout_split is None else self.heldout_split
+        dataset = self._load(self.train_split if split == "train" else held_out)
         features = dataset.features  # None where only the data would tell
         if features is not None and self.text_field not in features:
             raise ValueError(_no_column(self.text_field, features))
@@ -130,8 +130,8 @@ class StreamedDocuments(grain.IterDataset):
         if self._text_field not in example:
             raise ValueError(_no_column(self._text_field, example))
         text = (example[self._text_field] or "").encode("utf-8", "surrogatepass")
-        by_hash = self._heldout_fraction is not None
-        if not text or (by_hash and not in_split(text, self.split, self._heldout_fraction)):
+        fraction = self._heldout_fraction
+        if not text or (fraction is not None and not in_split(text, self.split, fraction)):
             return None
         return text
 

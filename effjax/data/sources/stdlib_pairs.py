@@ -116,6 +116,6 @@ def _definitions(
             inner = (*outer, node.name)
             yield inner, node
         for block in ("body", "orelse", "finalbody"):
-            yield from _definitions(getattr(node, block, ()), inner)
+            yield from _definitions(getattr(node, block, []), inner)
         for branch in (*getattr(node, "handlers", ()), *getattr(node, "cases", ())):
             yield from _definitions(branch.body, inner)

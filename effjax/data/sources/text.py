@@ -74,7 +74,7 @@ class TextFiles:
         counts = [len(here) for here in spans]
         start, stop = np.concatenate(spans).T
         everything = FileSpans(tuple(files), np.repeat(np.arange(len(files)), counts), start, stop)
-        kept = [
+        masks = [
             split_mask(key, count, split, fraction) for key, count in zip(keys, counts, strict=True)
         ]
-        return everything, np.concatenate(kept)
+        return everything, np.concatenate(masks)

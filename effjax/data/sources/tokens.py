@@ -2,7 +2,7 @@
 ArrayRecord."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -117,6 +117,9 @@ class TokenDocuments:
             raise IndexError(f"document {index} of {len(self)}")
         reader = self._readers[self._reader_index[index]]
         return reader.read(int(self._document_index[index])).astype(np.int32)
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[index] for index in range(len(self)))
 
     def __repr__(self) -> str:
         return f"TokenDocuments({len(self)} documents in {len(self._readers)} files)"
