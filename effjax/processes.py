@@ -77,9 +77,9 @@ def summed(values: Sequence[float]) -> Any:
     devices = tuple(jax.devices())
     by_device = NamedSharding(Mesh(np.array(devices), _AXIS), PartitionSpec(_AXIS))
     # The first device of each process speaks for it, and the others say 0.
-    parts = [np.zeros((1, len(values)), np.float32) for _ in jax.local_devices()]
-    parts[0][0] = values
-    parts = [jax.device_put(x, d) for x, d in zip(parts, jax.local_devices(), strict=True)]
+    said = [np.zeros((1, len(values)), np.float32) for _ in jax.local_devices()]
+    said[0][0] = values
+    parts = [jax.device_put(x, d) for x, d in zip(said, jax.local_devices(), strict=True)]
     everyone = jax.make_array_from_single_device_arrays(
         (len(devices), len(values)), by_device, parts
     )
