@@ -4,10 +4,10 @@ Pure functions on an explicit state, for any loop: `effjax.serving.generate` run
 a server may exchange rows in between.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -48,13 +48,14 @@ def served(model: SequenceModel) -> SequenceModel:
     text of another. The parameters are the same; the logits differ from those of the parallel pass at evaluation where
     that one drops tokens (`moe/fraction_dropped`).
     """
-    if not hasattr(model.ffn, "dispatch"):
+    ffn = model.ffn
+    if ffn is None or not hasattr(ffn, "dispatch"):
         return model
-    return model.clone(ffn=model.ffn.clone(dispatch="dropless"))
+    return model.clone(ffn=ffn.clone(dispatch="dropless"))
 
 
 def begin(
-    model: nn.Module,
+    model: SequenceModel,
     variables: Any,
     prompts: Int[Array, "B T"],
     lengths: Int[Array, " B"],
@@ -110,7 +111,7 @@ def begin(
 
 
 def advance(
-    model: nn.Module,
+    model: SequenceModel,
     variables: Any,
     rows: Rows,
     settings: Settings,
@@ -144,7 +145,8 @@ def grow(rows: Rows, output: Any, settings: Settings, stop_tokens: Int[Array, " 
     token = draw(jax.vmap(jax.random.fold_in)(rows.keys, rows.count), logits, settings, rows.seen)
     logprob = jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], axis=1)[:, 0]
     stays = rows.stopped
-    return rows.replace(
+    return dataclasses.replace(
+        rows,
         state=output.state,
         token=jnp.where(stays, rows.token, token),
         logprob=jnp.where(stays, rows.logprob, logprob),
@@ -152,6 +154,16 @@ def grow(rows: Rows, output: Any, settings: Settings, stop_tokens: Int[Array, " 
         stopped=stays | jnp.any(token[:, None] == stop_tokens, axis=1),
         seen=None if rows.seen is None else _mark(rows.seen, token[:, None]),
     )
+
+
+def map_rows(function: Callable[..., Array], state: DecodeState, *rows: Rows) -> Rows:
+    """Rows with that state, and with the function of every array that the given ones have beside theirs."""
+    is_state = lambda part: isinstance(part, DecodeState)  # noqa: E731
+
+    def mapped(part, *others):
+        return state if is_state(part) else function(part, *others)
+
+    return jax.tree.map(mapped, *rows, is_leaf=is_state)
 
 
 class Programs(NamedTuple):

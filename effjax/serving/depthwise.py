@@ -9,6 +9,7 @@ So no row waits for another, and a token takes as many steps as recursions (Bae 
 Pure functions on an explicit state. The tokens of a text are those of `effjax.serving.generate`.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -134,7 +135,7 @@ def admit(
         stop_tokens,
         max_length=state.max_length,
     )
-    new = new.replace(stopped=new.stopped | (new.count >= limits))
+    new = dataclasses.replace(new, stopped=new.stopped | (new.count >= limits))
 
     # It enters by the states of the new rows alone: the caches of the batch are written once, where they are.
     layers = model.depth.pool_of(model.stack(), new.state.layers)
@@ -144,16 +145,16 @@ def admit(
         token=new.token,
         rows=jnp.arange(len(lengths), dtype=jnp.int32),
         is_token=~new.stopped,
-        state=new.state.replace(layers=layers),
+        state=dataclasses.replace(new.state, layers=layers),
     )
     write = lambda old, values: old.at[rows].set(values)  # noqa: E731
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         layers=model.depth.put(model.stack(), state.layers, new_state.layers, rows),
         length=write(state.length, new_state.length),
     )
-    texts = jax.tree.map(write, batch.rows.replace(state=None), new.replace(state=None))
     return Travelling(
-        rows=texts.replace(state=state),
+        rows=decoding.map_rows(write, state, batch.rows, new),
         journey=jax.tree.map(write, batch.journey, journey),
         limit=batch.limit.at[rows].set(limits),
         tokens=batch.tokens.at[rows, 0].set(new.token),
@@ -183,8 +184,9 @@ def run(
     Returns:
       (the batch; steps; recursions that tokens took in them).
     """
-    journey = batch.journey.replace(goes_on=batch.journey.goes_on & is_wanted[:, None])
-    rows = batch.rows.replace(stopped=batch.rows.stopped | ~is_wanted)
+    goes_on = batch.journey.goes_on & is_wanted[:, None]
+    journey = dataclasses.replace(batch.journey, goes_on=goes_on)
+    rows = dataclasses.replace(batch.rows, stopped=batch.rows.stopped | ~is_wanted)
 
     def unfinished(carry):
         batch, steps, _ = carry
@@ -195,8 +197,8 @@ def run(
         applications += jnp.sum(batch.journey.goes_on, dtype=jnp.int32)
         return step(model, variables, batch, settings, stop_tokens), steps + 1, applications
 
-    begin = (batch.replace(rows=rows, journey=journey), jnp.int32(0), jnp.int32(0))
-    return jax.lax.while_loop(unfinished, body, begin)
+    batch = dataclasses.replace(batch, rows=rows, journey=journey)
+    return jax.lax.while_loop(unfinished, body, (batch, jnp.int32(0), jnp.int32(0)))
 
 
 def step(
@@ -211,12 +213,13 @@ def step(
     Args as for `run`.
     """
     journey, state = model.apply(variables, batch.journey, state=batch.rows.state, method="recurse")
-    batch = batch.replace(rows=batch.rows.replace(state=state), journey=journey)
+    rows = dataclasses.replace(batch.rows, state=state)
+    batch = dataclasses.replace(batch, rows=rows, journey=journey)
     sizes = _sizes(len(batch.limit))
     turn = functools.partial(_turn, model, variables, settings, stop_tokens)
-    branches = [lambda batch: batch, *(functools.partial(turn, size) for size in sizes)]
+    turns = [functools.partial(turn, size) for size in sizes]
     which = jnp.searchsorted(jnp.array([0, *sizes]), jnp.sum(batch.leaves))
-    return jax.lax.switch(which, branches, batch)
+    return jax.lax.switch(which, (lambda batch: batch, *turns), batch)
 
 
 class Programs(NamedTuple):
@@ -245,7 +248,7 @@ def _turn(model, variables, settings, stop_tokens, size: int, batch: Travelling)
     rows = jnp.nonzero(leaves, size=size, fill_value=num_rows)[0].astype(jnp.int32)
     is_token = rows < num_rows
     source, place = jnp.minimum(rows, num_rows - 1), jnp.maximum(jnp.cumsum(leaves) - 1, 0)
-    take = functools.partial(jax.tree.map, lambda a: a[source])
+    take = lambda a: a[source]  # noqa: E731
 
     output = model.apply(
         variables,
@@ -255,10 +258,12 @@ def _turn(model, variables, settings, stop_tokens, size: int, batch: Travelling)
         state=batch.rows.state,
         method="leave",
     )
-    texts = take(batch.rows.replace(state=None)).replace(stopped=~is_token)
+    texts = decoding.map_rows(take, output.state, batch.rows)
+    texts = dataclasses.replace(texts, stopped=~is_token)
     own = {name: value[source] if jnp.ndim(value) else value for name, value in settings.items()}
     texts = decoding.grow(texts, output, own, stop_tokens)
-    texts = texts.replace(stopped=texts.stopped | (texts.count >= batch.limit[source]))
+    is_full = texts.count >= batch.limit[source]
+    texts = dataclasses.replace(texts, stopped=texts.stopped | is_full)
     journey, state = _enter(
         model, variables, token=texts.token, rows=rows, is_token=~texts.stopped, state=texts.state
     )
@@ -266,12 +271,10 @@ def _turn(model, variables, settings, stop_tokens, size: int, batch: Travelling)
     def spread(old, new):
         return jnp.where(leaves.reshape(-1, *[1] * (old.ndim - 1)), new[place], old)
 
-    keys = batch.rows.keys
-    texts = texts.replace(state=None, keys=None)
-    grown = jax.tree.map(spread, batch.rows.replace(state=None, keys=None), texts)
     newest = (rows, texts.count - 1)
-    return batch.replace(
-        rows=grown.replace(state=state, keys=keys),
+    return dataclasses.replace(
+        batch,
+        rows=decoding.map_rows(spread, state, batch.rows, texts),
         journey=jax.tree.map(spread, batch.journey, journey),
         tokens=batch.tokens.at[newest].set(texts.token, mode="drop"),
         logprobs=batch.logprobs.at[newest].set(texts.logprob, mode="drop"),
