@@ -191,7 +191,7 @@ class Depthwise(nn.Module):
                 here.astype(jnp.int32),
                 states,
                 writes=(here & keeps)[:, 0],
-                when=None if len(layout.alike) == 1 else jnp.any(here),
+                used=None if len(layout.alike) == 1 else jnp.any(here).astype(jnp.int32),
             )
             y = jnp.where(here[..., None], out, y)
             pools.append(states)
@@ -225,7 +225,7 @@ class Depthwise(nn.Module):
         return sum(r < self.num_states() for r in alike)
 
 
-def _run_rows(stacks, x, rows, positions, segment_ids, pool, *, writes=None, when=None):
+def _run_rows(stacks, x, rows, positions, segment_ids, pool, *, writes=None, used=None):
     """Applies stacks to one token of some rows. Returns (x, the states of all rows)."""
     if not stacks:
         return x, pool
@@ -233,7 +233,7 @@ def _run_rows(stacks, x, rows, positions, segment_ids, pool, *, writes=None, whe
     writes = segment_ids[:, 0] > 0 if writes is None else writes
     lent = state_pool.lend(pool, rows, writes, axis=axis)
     x, new_states, _ = run(
-        stacks, x, positions=positions, segment_ids=segment_ids, states=lent, when=when
+        stacks, x, positions=positions, segment_ids=segment_ids, states=lent, used=used
     )
     return x, state_pool.give_back(pool, new_states, rows, writes, axis=axis)
 

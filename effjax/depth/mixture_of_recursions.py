@@ -16,6 +16,9 @@ from effjax.depth.subset import Subset
 from effjax.nn import scalars
 from effjax.registry import describe, register, unknown
 
+# Tokens of a prompt of which recursions compute only a part, if they can.
+LONG = 64
+
 
 class _Tokens(TypedDict):
     """What every stack is told of the tokens of a call."""
@@ -45,9 +48,10 @@ class MixtureOfRecursions(Depthwise):
     front and the rest masked, and `flops/spent` counts the chosen ones, which is what decoding them costs
     (attention as if all were chosen).
 
-    While decoding, the state of a recursion holds the tokens that passed it and no others, and a recursion that no row
-    of the batch takes for the token at hand is not computed at all. What a token's recursions are does not depend on
-    the tokens after it, so decoding gives what the parallel pass at evaluation gives.
+    With a decode state, that of a recursion holds the tokens that passed it and no others. A recursion that no row
+    of the batch takes is not computed at all, and of a long prompt a later one computes a quarter, a half or all of the
+    rows, whichever holds the tokens that take it. What a token's recursions are does not depend on the tokens after it,
+    so decoding gives what the parallel pass at evaluation gives.
 
     Attributes:
       num_recursions: N, the most that a token can get.
@@ -139,7 +143,9 @@ class MixtureOfRecursions(Depthwise):
     def _recurse(self, recursions, tokens: _Tokens, r, x, subset: Subset, caches):
         """Recursion r on the tokens of a subset: (f(x) [B, K, D], caches for the next recursion, aux)."""
         batch, length, d_model = x.shape
-        decoding = caches.states is not None and length == 1
+        num_used = jnp.sum(subset.token < length, axis=1)
+        # A short prompt is not worth the compiling, and the first recursion takes all of it.
+        may_skip = caches.states is not None and (length == 1 or (length >= LONG and r > 0))
         y, states, aux = run(
             recursions[r],
             subset.take(x),
@@ -147,11 +153,11 @@ class MixtureOfRecursions(Depthwise):
             segment_ids=subset.take(tokens["segment_ids"]),
             states=caches.before(r, length),
             train=tokens["train"],
-            when=jnp.any(subset.token < length) if decoding else None,
+            used=jnp.max(num_used) if may_skip else None,
         )
         used = subset.size / length
         if not tokens["train"]:
-            used = jnp.sum(subset.token < length) / (batch * length)
+            used = jnp.sum(num_used) / (batch * length)
         full = sum(stack.flops_per_token(d_model, length) for stack in recursions[r])
         aux |= scalars.flops(aux["flops/spent"] * used, full)
         aux |= {k: subset.spread(v) for k, v in aux.items() if k.startswith("token/")}

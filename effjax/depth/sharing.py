@@ -12,13 +12,17 @@ and the two without any sharing, which leave of a Mixture-of-Recursions its rout
 """
 
 import dataclasses
+import functools
+import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+import numpy as np
+from jaxtyping import Array, Int
 
 from effjax.depth.stack import Stack
 from effjax.nn import scalars
@@ -26,6 +30,8 @@ from effjax.registry import unknown
 
 STRATEGIES = ("cycle", "sequence", "middle_cycle", "middle_sequence")
 UNTIED = ("untied", "middle_untied")
+# Parts of a row that are computed where the rest is padding; each is a program of its own.
+FRONTS = (1 / 4, 1 / 2, 1)
 
 
 @flax.struct.dataclass
@@ -176,18 +182,20 @@ def run(
     segment_ids,
     states=None,
     train=False,
-    when: Bool[Array, ""] | None = None,
+    used: Int[Array, ""] | None = None,
 ):
     """Applies stacks one after the other. Returns (x, the states of each stack, aux).
 
-    `when`, if given, says at run time whether to apply them at all. If not, they take no time, x and the states (which
-    must be given) stay what they are, and aux is zero.
+    `used`, if given, says at run time how many tokens of a row there are at most; what is behind them has to be
+    padding. The stacks are then applied to the shortest of the `FRONTS` of the rows that holds them, and the rest of x
+    stays what it is. Without any token the stacks take no time, x and the states (which must be given) stay what they
+    are, and aux is zero.
     """
     new_states, reports = [], []
     for i, stack in enumerate(stacks):
         arguments = (x, positions, segment_ids, None if states is None else states[i], train)
         x, state, aux = (
-            _apply(stack, *arguments) if when is None else _apply_when(when, stack, *arguments)
+            _apply(stack, *arguments) if used is None else _apply_front(used, stack, *arguments)
         )
         new_states.append(state)
         reports.append(aux)
@@ -198,17 +206,31 @@ def _apply(stack, x, positions, segment_ids, states, train):
     return stack(x, positions=positions, segment_ids=segment_ids, states=states, train=train)
 
 
-def _apply_when(when, stack, x, positions, segment_ids, states, train):
+def _apply_front(used, stack, x, positions, segment_ids, states, train):
     # What the stack would report, by an unbound copy: a bound module cannot be traced just for shapes.
     unbound, variables = stack.unbind()
     _, _, aux = jax.eval_shape(
         lambda: unbound.apply(variables, x, positions, segment_ids, states, train, method=_apply)
     )
 
-    def apply(stack, x, states):
-        return _apply(stack, x, positions, segment_ids, states, train)
+    def apply(length, stack, x, states):
+        front = np.s_[:, :length]
+        tokens = x[front], positions[front], segment_ids[front]
+        y, states, reports = _apply(stack, *tokens, states, train)
+        return _write(x, y), states, jax.tree.map(_write, nothing(), reports)
 
     def skip(stack, x, states):
-        return x, states, jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+        return x, states, nothing()
 
-    return nn.cond(when, apply, skip, stack, x, states)
+    def nothing():
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), aux)
+
+    sizes = sorted({math.ceil(front * x.shape[1]) for front in FRONTS})
+    branches: list[Callable] = [skip, *(functools.partial(apply, length) for length in sizes)]
+    which = jnp.searchsorted(jnp.array([0, *sizes]), used)
+    return nn.switch(which, branches, stack, x, states)
+
+
+def _write(values, front):
+    """The values [B, T, ...] with others [B, n, ...] in the place of the first of each row; numbers as they are."""
+    return jax.lax.dynamic_update_slice(values, front, (0,) * values.ndim)
