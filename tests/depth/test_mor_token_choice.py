@@ -125,7 +125,10 @@ def test_the_bias_evens_out_the_load(rng):
     updated, value, _ = step(variables)
     assert value == 0
     bias = lambda v: np.asarray(v["params"]["routing"]["balance_bias"])  # noqa: E731
-    np.testing.assert_allclose(bias(updated), 0.02 * np.sign(first.mean() - first), rtol=1e-6)
+    # Rounding decides about a depth whose load is even already.
+    missing = first.mean() - first
+    uneven = np.abs(missing) > 1e-6
+    np.testing.assert_allclose(bias(updated)[uneven], 0.02 * np.sign(missing[uneven]), rtol=1e-6)
     for scope in ("first", "shared", "last"):
         jax.tree.map(
             np.testing.assert_array_equal, updated["params"][scope], variables["params"][scope]
