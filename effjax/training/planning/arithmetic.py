@@ -6,13 +6,15 @@ import re
 import numpy as np
 
 from effjax.training.planning.hlo import Computation, Instruction, Program, Shape
+from effjax.training.planning.transfers import transfer
 
 # These give a new name to what is there, or are no work of the device.
 FREE = (
     *("parameter", "constant", "iota", "bitcast", "tuple", "get-tuple-element"),
     *("after-all", "add-dependency", "opt-barrier", "partition-id", "replica-id"),
-    *("while", "conditional", "call"),
+    *("while", "conditional", "call", "async-start"),  # what they run counts by itself
 )
+_RESERVE = "AllocateBuffer"  # gives a place in memory, and leaves it as it is
 # These read as much of their first operand as they return.
 _READ_A_PART = ("dynamic-slice", "slice", "gather")
 _RENAME = ("bitcast", "copy", "reshape", "transpose", "convert")
@@ -39,10 +41,15 @@ def memory_bytes(instruction: Instruction, computation: Computation, program: Pr
     """Bytes that an instruction reads from and writes to the device's main memory.
 
     A fusion reads its operands and writes its results; of an operand that it only slices it reads the slices, and of a
-    result that it only updates it writes the update. What lives in on-chip memory counts nothing.
+    result that it only updates it writes the update. What lives in on-chip memory or with the host counts nothing.
     """
     if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
         return 0.0
+    if instruction.target == _RESERVE:
+        return 0.0
+    copied = transfer(instruction, computation, program)
+    if copied is not None:
+        return float(copied.num_bytes * ((copied.source == 0) + (copied.target == 0)))
     operands = [_main_memory(x.shapes) for x in computation.operands(instruction)]
     results = _main_memory(instruction.shapes)
     if instruction.opcode in _READ_A_PART:

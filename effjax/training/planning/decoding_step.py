@@ -72,6 +72,7 @@ def plan_decoding(
         topology=topology,
         mesh=mesh,
         chip=chip,
+        host_link=topologies.host_link(topology),
         params=variables["params"],
         opt_state=None,
         settings={"batch_size": batch_size, "context": context},

@@ -221,7 +221,7 @@ class Program:
             inside = self.inside(instruction)
             if inside is not None:
                 trips = self.trips(instruction, computation) if instruction.opcode == "while" else 1
-                fused = is_fused or instruction.opcode == "fusion"
+                fused = is_fused or instruction.opcode in ("fusion", "fusion-start")
                 yield from self._runs_in(inside, times * trips, fused)
 
     def _length(self, computation: Computation) -> int:

@@ -17,7 +17,7 @@ from effjax.training.planning.result import Plan
 _GIB = 2.0**30
 
 # Okabe and Ito's palette: told apart by colour-blind readers.
-_COLOURS = ("#0072B2", "#D55E00", "#999999", "#009E73", "#CC79A7")
+_COLOURS = ("#0072B2", "#D55E00", "#999999", "#009E73", "#CC79A7", "#E69F00")
 
 
 def tables(plan: Plan) -> Group:
@@ -67,7 +67,8 @@ def ranking(plans: Sequence[Mapping[str, Any]]) -> Table:
       plans: what `ranking.search` returns.
     """
     grid = Table(box=None, pad_edge=False)
-    for column in ("mesh", "accumulation", "remat", "GiB", "ms", "tokens/s", "MFU", "bound by"):
+    columns = ("mesh", "accumulation", "micro-batches", "remat", "GiB", "ms", "tokens/s", "MFU")
+    for column in (*columns, "bound by"):
         grid.add_column(
             column, justify="left" if column in ("mesh", "remat", "bound by") else "right"
         )
@@ -77,6 +78,7 @@ def ranking(plans: Sequence[Mapping[str, Any]]) -> Table:
         cells = [
             ", ".join(axes) or "1",
             str(settings["accumulation_steps"]),
+            readable(settings["num_microbatches"]),
             str(settings["remat"]),
         ]
         cells.append(f"{row['memory']['total'] / _GIB:.1f}")
@@ -128,6 +130,9 @@ def _add_work(grid: Table, plan: Plan) -> None:
     grid.add_row("program FLOPs", f"{all_chips:.4g}", "a step, all chips, products of matrices")
     grid.add_row("memory traffic", f"{work.memory_bytes / 1e9:.4g} GB", "a step and chip")
     grid.add_row("received", f"{work.network_bytes / 1e9:.4g} GB", "a step and chip")
+    if work.to_host_bytes or work.from_host_bytes:
+        both = f"{work.to_host_bytes / 1e9:.4g} GB, {work.from_host_bytes / 1e9:.4g} GB back"
+        grid.add_row("to the host's memory", both, "a step and chip")
     if work.unknown_kernels:
         grid.add_row("unknown kernels", str(work.unknown_kernels), "operations not counted")
     if work.unknown_loops:

@@ -12,7 +12,14 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from effjax.training.planning import arithmetic, collectives, kernels, memory, timeline
+from effjax.training.planning import (
+    arithmetic,
+    collectives,
+    kernels,
+    memory,
+    timeline,
+    transfers,
+)
 from effjax.training.planning.hlo import Program
 from pallas_kernels.chips import Chip
 
@@ -27,6 +34,8 @@ class Work:
       matmul_flops: operations of its matrix units: products, those in kernels and those that are repeated included.
       memory_bytes: traffic to its memory.
       network_bytes: what it receives from other chips.
+      to_host_bytes: what it copies to the memory of its host.
+      from_host_bytes: what it copies from there.
       collectives: rows of `kind`, `axes` (of the mesh), `times`, `bytes` received and `seconds` at least.
       unknown_loops: loops that only the run time knows the trips of, which count once.
       unknown_kernels: calls of Pallas kernels that the traced program does not have, whose operations do not count.
@@ -35,6 +44,8 @@ class Work:
     matmul_flops: float
     memory_bytes: float
     network_bytes: float
+    to_host_bytes: float
+    from_host_bytes: float
     collectives: list[dict[str, Any]]
     unknown_loops: int
     unknown_kernels: int
@@ -45,7 +56,7 @@ class Pace:
     """How fast a machine is.
 
     Attributes:
-      roofs: seconds that a step takes at least, by what holds it: "matrix units", "memory" and "network".
+      roofs: seconds that a step takes at least, by what holds it: "matrix units", "memory", "network" and "host link".
       times: seconds of a step by what they are spent on.
       seconds: their sum.
       utilization: model FLOPs utilisation: the operations that the model needs over those that the chips could do.
@@ -163,6 +174,7 @@ def of_program(
     *,
     mesh: Mesh,
     chip: Chip | None,
+    host_link: float | None,
     params: Any,
     opt_state: Any,
     flops: float,
@@ -177,6 +189,7 @@ def of_program(
       traced: what it was compiled from.
       mesh: its devices.
       chip: their kind.
+      host_link: as `timeline.play` takes it; None with a chip that is not known.
       params: types of the parameters, with shardings.
       opt_state: of the optimizer's state, or None.
       flops: operations that the model needs for a step.
@@ -193,8 +206,8 @@ def of_program(
         known = kernels.kernels(traced.jaxpr)
         work = _work(program, network, known)
         if chip is not None:
-            times = timeline.play(program, chip, network, known, schedules)
-            pace = _pace(work, times, chip, flops, tokens, mesh.size)
+            times = timeline.play(program, chip, host_link, network, known, schedules)
+            pace = _pace(work, times, chip, host_link, flops, tokens, mesh.size)
     return Plan(
         num_chips=mesh.size,
         mesh=dict(mesh.shape),
@@ -208,7 +221,7 @@ def of_program(
 
 
 def _work(program: Program, network: collectives.Network, known: Sequence[kernels.Kernel]) -> Work:
-    flops = traffic = 0.0
+    flops = traffic = to_host = from_host = 0.0
     unknown = 0
     for run in program.runs():
         kernel = kernels.of_instruction(known, run.instruction)
@@ -221,18 +234,38 @@ def _work(program: Program, network: collectives.Network, known: Sequence[kernel
             traffic += run.times * arithmetic.memory_bytes(
                 run.instruction, run.computation, program
             )
+            copy = transfers.transfer(run.instruction, run.computation, program)
+            # What a whole asynchronous computation copies counts where it does so.
+            if copy is not None and run.instruction.opcode != "async-start":
+                to_host += run.times * copy.num_bytes * copy.to_host
+                from_host += run.times * copy.num_bytes * copy.from_host
     exchanged = collectives.total(program, network)
-    received = sum(row["bytes"] for row in exchanged)
-    return Work(flops, traffic, received, exchanged, len(program.unknown_loops), unknown)
+    return Work(
+        matmul_flops=flops,
+        memory_bytes=traffic,
+        network_bytes=sum(row["bytes"] for row in exchanged),
+        to_host_bytes=to_host,
+        from_host_bytes=from_host,
+        collectives=exchanged,
+        unknown_loops=len(program.unknown_loops),
+        unknown_kernels=unknown,
+    )
 
 
 def _pace(
-    work: Work, times: timeline.Times, chip: Chip, flops: float, tokens: int, num_chips: int
+    work: Work,
+    times: timeline.Times,
+    chip: Chip,
+    host_link: float,
+    flops: float,
+    tokens: int,
+    num_chips: int,
 ) -> Pace:
     roofs = {
         "matrix units": work.matmul_flops / chip.peak_flops,
         "memory": work.memory_bytes / chip.hbm_bytes_per_second,
         "network": sum(row["seconds"] for row in work.collectives),
+        "host link": max(work.to_host_bytes, work.from_host_bytes) / host_link,
     }
     seconds = times.total
     return Pace(

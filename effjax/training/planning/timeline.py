@@ -8,21 +8,23 @@ The instructions of a compiled program stand in the order in which they run. Eac
 - for all else its operations at peak, or its operands and results at the memory's bandwidth.
 
 What is begun in one place (`all-gather-start`) and awaited in another (`all-gather-done`) runs beside what stands
-between: a wait takes only what is left. Communication is as fast as the links allow (`collectives`); two exchanges do
-not run at once, nor do two copies.
+between: a wait takes only what is left. Communication is as fast as the links allow (`collectives`), copies to the
+memory of the host and back (`transfers`) as the link to it does. Two exchanges do not run at once, nor do two copies
+within the chip, two to its host, or two from there.
 """
 
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from effjax.training.planning import arithmetic, collectives, schedules
+from effjax.training.planning import arithmetic, collectives, schedules, transfers
 from effjax.training.planning.collectives import Network
 from effjax.training.planning.hlo import Computation, Instruction, Program, Run
 from effjax.training.planning.kernels import Kernel, of_instruction
 from pallas_kernels.chips import Chip
 
-_COPIES = ("copy-start", "slice-start", "dynamic-slice-start", "dynamic-update-slice-start")
+# What runs beside the cores, each lane one thing at a time, and the field of `Times` that a wait for it counts in.
+_LANES = {"links": "network", "copies": "copies", "to the host": "host", "from the host": "host"}
 
 
 @dataclasses.dataclass
@@ -35,6 +37,7 @@ class Times:
       kernels: of Pallas kernels.
       network: waits for other chips.
       copies: waits for copies within the chip.
+      host: waits for copies to the memory of the host, and from there.
       estimated: what of these the compiler has estimated; the rest is what they take at least.
     """
 
@@ -43,6 +46,7 @@ class Times:
     kernels: float = 0.0
     network: float = 0.0
     copies: float = 0.0
+    host: float = 0.0
     estimated: float = 0.0
 
     @property
@@ -54,6 +58,7 @@ class Times:
             "kernels": self.kernels,
             "waiting for chips": self.network,
             "waiting for copies": self.copies,
+            "waiting for the host's memory": self.host,
         }
 
     @property
@@ -71,6 +76,7 @@ class Times:
 def play(
     program: Program,
     chip: Chip,
+    host_link: float,
     network: Network,
     kernels: Sequence[Kernel],
     folder: Path | None = None,
@@ -80,34 +86,41 @@ def play(
     Args:
       program: the compiled program.
       chip: what it runs on.
+      host_link: bytes a second to the memory of its host, and as many from there.
       network: what lies between the chips.
       kernels: those that it calls.
       folder: where the compiler has left their schedules.
     """
-    return _Player(program, chip, network, kernels, folder).play(program.entry)
+    return _Player(program, chip, host_link, network, kernels, folder).play(program.entry)
 
 
 class _Lanes:
-    """What runs beside the cores: exchanges on the links and copies, one of each at a time."""
+    """What has begun beside the cores, on which of `_LANES`, and when it ends."""
 
-    def __init__(self):
-        self._free_at: dict[str, float] = {}
-        self._ends: dict[str, float] = {}
+    def __init__(self, times: Times):
+        self._times = times
+        self._free_at = dict.fromkeys(_LANES, 0.0)
+        self._begun: dict[str, tuple[str, float]] = {}
 
     def has(self, name: str) -> bool:
-        return name in self._ends
+        return name in self._begun
 
-    def begin(self, lane: str, name: str, now: float, seconds: float) -> None:
-        self._ends[name] = self._free_at[lane] = max(now, self._free_at.get(lane, 0.0)) + seconds
+    def begin(self, lane: str, name: str, seconds: float) -> None:
+        self._free_at[lane] = max(self._times.total, self._free_at[lane]) + seconds
+        self._begun[name] = lane, self._free_at[lane]
 
-    def wait(self, name: str, now: float) -> float:
-        """What is left of it."""
-        return max(0.0, self._ends.get(name, 0.0) - now)
+    def wait(self, name: str) -> None:
+        """Adds to the times what is left of it."""
+        lane, end = self._begun[name]
+        field = _LANES[lane]
+        left = max(0.0, end - self._times.total)
+        setattr(self._times, field, getattr(self._times, field) + left)
 
 
 class _Player:
-    def __init__(self, program, chip, network, kernels, folder):
-        self._program, self._chip, self._network = program, chip, network
+    def __init__(self, program, chip, host_link, network, kernels, folder):
+        self._program, self._network = program, network
+        self._chip, self._host_link = chip, host_link
         self._kernels, self._folder = kernels, folder
         self._played: dict[str, Times] = {}
 
@@ -117,21 +130,21 @@ class _Player:
         return self._played[computation.name]
 
     def _play(self, computation: Computation) -> Times:
-        times, lanes = Times(), _Lanes()
+        times = Times()
+        lanes = _Lanes(times)
         for instruction in computation.instructions.values():
-            copy = self._copy_seconds(instruction)
+            copy = transfers.transfer(instruction, computation, self._program)
             exchange = self._exchange(instruction, computation)
             if copy is not None:
-                lanes.begin("copies", instruction.name, times.total, copy)
+                lanes.begin(*self._lane(copy, instruction.name))
+                if not copy.is_begun:
+                    lanes.wait(instruction.name)
             elif exchange is not None:
                 self._play_exchange(instruction, computation, *exchange, lanes, times)
             elif instruction.opcode.endswith("-done"):
                 start = self._start_of(instruction, computation)
-                wait = lanes.wait(start.name, times.total)
-                if self._copy_seconds(start) is None:
-                    times.network += wait
-                else:
-                    times.copies += wait
+                if lanes.has(start.name):
+                    lanes.wait(start.name)
             else:
                 self._take(instruction, computation, times)
         return times
@@ -140,13 +153,13 @@ class _Player:
         """A collective, whole or begun; or a fusion that does a step of one, beside work of its own or without any."""
         begins = not lanes.has(name)
         if begins:
-            lanes.begin("links", name, times.total, seconds)
+            lanes.begin("links", name, seconds)
         works = estimated_cycles(instruction) is not None
         if works:
             self._take(instruction, computation, times)
         is_whole = name == instruction.name and not instruction.opcode.endswith("-start")
         if is_whole or not (begins or works):
-            times.network += lanes.wait(name, times.total)
+            lanes.wait(name)
 
     def _exchange(
         self, instruction: Instruction, computation: Computation
@@ -166,18 +179,12 @@ class _Player:
                 return collectives.chain_of(part) or instruction.name, one.seconds
         return None
 
-    def _copy_seconds(self, instruction: Instruction) -> float | None:
-        """Of a copy that runs beside the cores, whose result goes once through the memory; None for all else."""
-        inside = self._program.inside(instruction)
-        is_copy = instruction.opcode in _COPIES or (
-            instruction.opcode == "async-start"
-            and not any(map(collectives.kind_of, inside.instructions.values()))
-        )
-        if not is_copy:
-            return None
-        # (what is copied, the copy, a counter) or (the copy, what is copied, a counter).
-        moved = instruction.shapes[-2].num_bytes
-        return moved / self._chip.hbm_bytes_per_second
+    def _lane(self, copy: transfers.Transfer, name: str) -> tuple[str, str, float]:
+        """(lane, name, seconds) of a copy; what is copied within the chip goes once through its memory."""
+        if copy.to_host or copy.from_host:
+            lane = "to the host" if copy.to_host else "from the host"
+            return lane, name, copy.num_bytes / self._host_link
+        return "copies", name, copy.num_bytes / self._chip.hbm_bytes_per_second
 
     def _start_of(self, done: Instruction, computation: Computation) -> Instruction:
         start = computation.operands(done)[0]

@@ -12,6 +12,11 @@ from pallas_kernels.chips import CHIPS, Chip
 
 HERE = "cpu"
 
+# Bytes a second between a chip and the memory of its host, in each direction. TPUs: "How to Scale Your Model", part 2
+# (jax-ml.github.io/scaling-book/tpus): 16 GB/s for v4, 32 GB/s for v6e, and typically 15 GB/s. H100: its data sheet,
+# PCIe 5 of 128 GB/s both ways.
+HOST_LINKS = {"v4": 16e9, "v5e": 15e9, "v5p": 15e9, "v6e": 32e9, "h100": 64e9}
+
 
 def chip(name: str) -> Chip | None:
     """The chip of a topology; None for the CPU devices of this host, of which nothing is known.
@@ -29,6 +34,11 @@ def chip(name: str) -> Chip | None:
             "CPU devices of this host"
         )
     return CHIPS[kind]
+
+
+def host_link(name: str) -> float | None:
+    """Bytes a second to the memory of the host of a chip of a topology, and from there; None for `HERE`."""
+    return HOST_LINKS.get(name.partition(":")[0])
 
 
 def mesh(name: str, sizes: Mapping[str, int]) -> Mesh:

@@ -48,12 +48,16 @@ def plan(config: Mapping[str, Any], topology: str, schedules: Path | None = None
         topology=topology,
         mesh=mesh,
         chip=chip,
+        host_link=topologies.host_link(topology),
         params=state.params,
         opt_state=state.opt_state,
         settings={
             "batch_size": data["batch_size"],
             "seq_len": data["seq_len"],
             "accumulation_steps": training["accumulation_steps"],
+            "num_microbatches": config["model"]["num_microbatches"]
+            if mesh.shape["pipeline"] > 1
+            else None,
             "remat": config["model"]["remat"],
             "offload_optimizer": training["offload_optimizer"],
         },
