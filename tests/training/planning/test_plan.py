@@ -71,6 +71,24 @@ def test_the_models_flops_are_those_counted_by_hand(planned):
     assert plan.model_flops == pytest.approx(by_hand, rel=0.02)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("num_microbatches", [2, 4])
+def test_a_pipelines_program_has_the_steps_without_work_too(num_microbatches):
+    """Each of the M + S - 1 steps of a stage computes the layers of a micro-batch, of which there are M."""
+    config = recipe("transformer", 4)
+    config.model.num_microbatches = num_microbatches
+    config.mesh.update(pipeline=2, fsdp=4)
+    config.data.batch_size = rows = 2 * ROWS
+    plan = planning.plan(config, "cpu")
+    layers = forward_by_hand([(4, LENGTH)], keys=lambda tokens: tokens)
+    head = forward_by_hand([], keys=None)
+    bubble = (num_microbatches + 2 - 1) / num_microbatches
+    by_hand = rows * 3 * ((layers - head) * bubble + head)
+    assert plan.work.matmul_flops * plan.num_chips == pytest.approx(by_hand, rel=0.02)
+    assert plan.settings["num_microbatches"] == num_microbatches
+    assert plan.model_flops < rows * 3 * layers
+
+
 def test_memory_is_that_of_a_run(planned):
     _, config, plan = planned
     config = configs.resolve(config)

@@ -15,9 +15,16 @@ def config():
     return config
 
 
-def candidate(remat="none", accumulation_steps=1, **mesh):
-    sizes = {"data": 1, "fsdp": 1, "tensor": 1, "expert": 1} | mesh
-    return {"mesh": sizes, "accumulation_steps": accumulation_steps, "remat": remat}
+AXES = ("pipeline", "data", "fsdp", "tensor", "expert")
+
+
+def candidate(remat="none", accumulation_steps=1, num_microbatches=None, **mesh):
+    return {
+        "mesh": dict.fromkeys(AXES, 1) | mesh,
+        "accumulation_steps": accumulation_steps,
+        "num_microbatches": num_microbatches,
+        "remat": remat,
+    }
 
 
 def test_candidates_use_all_chips_and_divide_the_batch(config):
@@ -29,9 +36,39 @@ def test_candidates_use_all_chips_and_divide_the_batch(config):
         assert config.data.batch_size % rows == 0
     assert candidate(fsdp=8, remat="full", accumulation_steps=2) in found
     assert candidate(data=2, tensor=4) in found
-    assert all(one["mesh"]["expert"] == 1 for one in found)
+    assert all(one["mesh"]["expert"] == one["mesh"]["pipeline"] == 1 for one in found)
     keys = [json.dumps(one, sort_keys=True) for one in found]
     assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "stages"),
+    [
+        ("transformer", {"num_layers": 4}, {1, 2, 4}),
+        ("transformer", {"num_layers": 4, "scan_layers": False}, {1}),
+        ("transformer", {"num_layers": 5}, {1}),
+        ("mor", {"num_layers": 8, "depth": {"num_recursions": 2, "sharing": "cycle"}}, {1, 2, 4}),
+        ("mor", {"num_layers": 6, "depth": {"num_recursions": 3, "sharing": "sequence"}}, {1}),
+    ],
+)
+def test_layers_that_divide_are_stages_too(model, fields, stages):
+    """Each candidate is one that a run would take."""
+    config = configs.default(model, **{"scan_layers": True} | fields)
+    config.data.update(seq_len=16, batch_size=32)
+    config = configs.resolve(config)
+    found = list(planning.candidates(config, "cpu"))
+    assert {one["mesh"]["pipeline"] for one in found} == stages
+    piped = [one for one in found if one["mesh"]["pipeline"] > 1]
+    if stages > {1}:
+        assert candidate(pipeline=2, fsdp=4, num_microbatches=8, remat="full") in piped
+        assert candidate(pipeline=2, fsdp=2, tensor=2, num_microbatches=16) in piped
+    for one in piped:
+        if one["remat"] == "dots":
+            configs.check(
+                config
+                | {"mesh": config["mesh"] | one["mesh"]}
+                | {"model": config["model"] | {"num_microbatches": one["num_microbatches"]}}
+            )
 
 
 def test_experts_are_split_where_there_are_any(config):
