@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from effjax.heads.embedding import Embedding
@@ -20,7 +21,7 @@ from effjax.registry import register
 _SMALLEST_SQUARE = 1e-12
 
 
-def truncate(embeddings: Float[Array, "... E"], dim: int) -> Float[Array, "... m"]:
+def truncate(embeddings: Float[Array | np.ndarray, "... E"], dim: int) -> Float[Array, "... m"]:
     """The first `dim` coordinates, scaled back to unit length: a Matryoshka embedding at use.
 
     Raises:
@@ -28,7 +29,7 @@ def truncate(embeddings: Float[Array, "... E"], dim: int) -> Float[Array, "... m
     """
     if not 1 <= dim <= embeddings.shape[-1]:
         raise ValueError(f"dim is {dim}; valid: 1 to the embedding size {embeddings.shape[-1]}")
-    prefix = embeddings[..., :dim]
+    prefix = jnp.asarray(embeddings)[..., :dim]
     square = jnp.sum(jnp.square(prefix), axis=-1, keepdims=True)
     return prefix * jax.lax.rsqrt(jnp.maximum(square, _SMALLEST_SQUARE))
 

@@ -1,5 +1,6 @@
 """The HTTP application: OpenAI's completions, chat and embeddings, health and metrics."""
 
+import abc
 import asyncio
 import base64
 import contextlib
@@ -8,7 +9,7 @@ import hmac
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from typing import Any
 
 import fastapi
@@ -143,9 +144,11 @@ class _Routes:
 
     def _tokens(self, texts: protocol.Texts) -> list[np.ndarray]:
         """Token ids of one or several texts; a string begins a document."""
-        if isinstance(texts, str) or isinstance(texts[0], int):
-            texts = [texts]
-        return [self._encode(t) if isinstance(t, str) else np.asarray(t, np.int64) for t in texts]
+        is_one = isinstance(texts, str) or isinstance(texts[0], int)
+        return [
+            self._encode(text) if isinstance(text, str) else np.asarray(text, np.int64)
+            for text in ([texts] if is_one else texts)
+        ]
 
     def _encode(self, text: str) -> np.ndarray:
         tokenizer = self.service.tokenizer
@@ -184,7 +187,9 @@ class _Routes:
         answer = _streamed(form, deltas) if body.stream else form.whole(deltas, len(requests))
         return await _unless_disconnected(http, answer)
 
-    async def _within_limits(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+    async def _within_limits(
+        self, deltas: AsyncGenerator[Delta, None]
+    ) -> AsyncGenerator[Delta, None]:
         """The deltas, counted, until the request's time is over."""
         end = asyncio.get_running_loop().time() + self.service.timeout
         async with contextlib.aclosing(deltas):
@@ -201,7 +206,7 @@ class _Routes:
                 yield delta
 
 
-class _Form:
+class _Form(abc.ABC):
     """The shape of an answer, whole or in chunks."""
 
     kind: str
@@ -217,7 +222,7 @@ class _Form:
         }
         self._tokenizer = service.tokenizer
 
-    async def whole(self, deltas: AsyncIterator[Delta], count: int) -> dict[str, Any]:
+    async def whole(self, deltas: AsyncGenerator[Delta, None], count: int) -> dict[str, Any]:
         """The answer once all texts have ended."""
         parts: list[list[Delta]] = [[] for _ in range(count)]
         async for delta in deltas:
@@ -234,7 +239,9 @@ class _Form:
         usage = self._usage(sum(map(len, parts)))
         return {**self._head, "object": self.kind, "choices": choices, "usage": usage}
 
-    async def chunks(self, deltas: AsyncIterator[Delta]) -> AsyncIterator[dict[str, Any]]:
+    async def chunks(
+        self, deltas: AsyncGenerator[Delta, None]
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """The answer as it comes."""
         head = {**self._head, "object": self.chunk_kind}
         begun, count = set(), 0
@@ -250,6 +257,18 @@ class _Form:
             yield {**head, "choices": [choice]}
         if self._body.wants_usage:
             yield {**head, "choices": [], "usage": self._usage(count)}
+
+    @abc.abstractmethod
+    def _content(self, text: str) -> dict[str, Any]:
+        """Where a choice has the whole text."""
+
+    @abc.abstractmethod
+    def _part(self, text: str, is_first: bool) -> dict[str, Any]:
+        """Where a choice has a piece of the text."""
+
+    @abc.abstractmethod
+    def _logprobs(self, deltas: Sequence[Delta]) -> dict[str, Any] | None:
+        """Log-probabilities of tokens, if they were asked for."""
 
     def _usage(self, count: int) -> dict[str, int]:
         total = self.prompt_tokens + count
@@ -305,21 +324,21 @@ class _ChatForm(_Form):
         return {"content": content}
 
 
-async def _streamed(form: _Form, deltas: AsyncIterator[Delta]) -> StreamingResponse:
+async def _streamed(form: _Form, deltas: AsyncGenerator[Delta, None]) -> StreamingResponse:
     """The answer as server-sent events. Headers wait for the first delta, so that a refusal has a status of its own."""
     first = await anext(deltas)
     events = _events(form.chunks(_rejoin(first, deltas)))
     return StreamingResponse(events, media_type="text/event-stream")
 
 
-async def _rejoin(first: Delta, deltas: AsyncIterator[Delta]) -> AsyncIterator[Delta]:
+async def _rejoin(first: Delta, deltas: AsyncGenerator[Delta, None]) -> AsyncGenerator[Delta, None]:
     async with contextlib.aclosing(deltas):
         yield first
         async for delta in deltas:
             yield delta
 
 
-async def _events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[str]:
+async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[str, None]:
     """Server-sent events. What goes wrong after the headers is an event too."""
     async with contextlib.aclosing(chunks):
         try:

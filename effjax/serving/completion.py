@@ -3,7 +3,7 @@
 import asyncio
 import dataclasses
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from effjax.data import Tokenizer
 from effjax.serving.engine import Engine, Ticket, Token
@@ -56,7 +56,7 @@ class _Text:
 
 async def complete(
     engine: Engine, tokenizer: Tokenizer, requests: Sequence[Request], stops: Sequence[str] = ()
-) -> AsyncIterator[Delta]:
+) -> AsyncGenerator[Delta, None]:
     """Runs requests and gives their texts token by token, each in its order; closing the iterator cancels them.
 
     Args:
@@ -69,7 +69,8 @@ async def complete(
       ValueError, Overloaded: as `Engine.submit`; then none of them runs.
       EngineFailure: if decoding fails.
     """
-    loop, events = asyncio.get_running_loop(), asyncio.Queue()
+    loop = asyncio.get_running_loop()
+    events: asyncio.Queue[tuple[int, Token | Exception]] = asyncio.Queue()
 
     def sink(index: int, event: Token | Exception) -> None:
         loop.call_soon_threadsafe(events.put_nowait, (index, event))

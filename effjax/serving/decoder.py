@@ -5,6 +5,7 @@ programs serve whatever texts are in them, and where one text has ended, another
 """
 
 import abc
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -33,7 +34,8 @@ class Drawn(NamedTuple):
     logprob: float
 
 
-class Total(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Total:
     """Something that a decoder counts.
 
     Attributes:

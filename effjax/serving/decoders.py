@@ -59,7 +59,6 @@ def create_decoder(
         raise ValueError(
             f"cache_tokens={cache_tokens} with {other}; valid: None, or plain decoding"
         )
-    size = {"num_slots": num_slots, "max_length": max_length}
     if draft is not None:
         return SpeculativeDecoder(
             model,
@@ -67,14 +66,17 @@ def create_decoder(
             draft.model,
             draft.variables,
             num_draft_tokens=draft.num_tokens,
-            **size,
+            num_slots=num_slots,
+            max_length=max_length,
         )
     depthwise = decoding == "depthwise"
     if decoding == "auto":
         depthwise = cache_tokens is None and gains_by_depth(model, num_slots)
     if depthwise:
-        return DepthwiseDecoder(model, variables, **size)
-    return PlainDecoder(model, variables, cache_tokens=cache_tokens, **size)
+        return DepthwiseDecoder(model, variables, num_slots=num_slots, max_length=max_length)
+    return PlainDecoder(
+        model, variables, num_slots=num_slots, max_length=max_length, cache_tokens=cache_tokens
+    )
 
 
 def gains_by_depth(model: SequenceModel, num_slots: int) -> bool:

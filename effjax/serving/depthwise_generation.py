@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Key
 
 from effjax.models import SequenceModel
 from effjax.serving import depthwise
 from effjax.serving.depthwise import Programs
 from effjax.serving.generation import Generation
 from effjax.serving.inputs import NO_TOKEN, Inputs
-from effjax.serving.prompts import bucket
+from effjax.serving.prompts import TokenIds, bucket
 from effjax.serving.sampling import PLAIN, Sampling
 
 # Free slots wait for each other, up to this part of a batch: prompts that are read together take less time, and slots
@@ -55,7 +55,7 @@ class DepthwiseGeneration(Generation):
 def generate_depthwise(
     model: SequenceModel,
     variables: Any,
-    prompts: Sequence[Int[Array, " n"]],
+    prompts: Sequence[TokenIds],
     max_new_tokens: int,
     *,
     num_slots: int = 32,

@@ -46,11 +46,12 @@ def early_exit(
     """
     policy = model.depth
     if isinstance(policy, Plain):
-        _check(policy, "num_layers", num_layers, model.num_layers, num_recursions)
-        shallow, depth = _first_layers(model, variables["params"]["depth"], num_layers)
+        count = _checked(policy, "num_layers", num_layers, model.num_layers, num_recursions)
+        shallow, depth = _first_layers(model, variables["params"]["depth"], count)
     elif isinstance(policy, Recursive | MixtureOfRecursions):
-        _check(policy, "num_recursions", num_recursions, policy.num_recursions, num_layers)
-        shallow, depth = _first_recursions(model, variables["params"]["depth"], num_recursions)
+        most = policy.num_recursions
+        count = _checked(policy, "num_recursions", num_recursions, most, num_layers)
+        shallow, depth = _first_recursions(model, variables["params"]["depth"], count)
     else:
         raise ValueError(
             f"early_exit of the depth policy {describe(policy)['name']!r}; "
@@ -59,7 +60,7 @@ def early_exit(
     return shallow, {**variables, "params": {**variables["params"], "depth": depth}}
 
 
-def _check(policy, field, number, most, other):
+def _checked(policy, field: str, number: int | None, most: int, other: int | None) -> int:
     if number is None or other is not None or not 1 <= number <= most:
         wrong = {"num_layers": "num_recursions", "num_recursions": "num_layers"}[field]
         given = f"{field}={number}" if other is None else f"{wrong}={other}"
@@ -67,6 +68,7 @@ def _check(policy, field, number, most, other):
             f"early_exit of the depth policy {describe(policy)['name']!r} by {given}; "
             f"valid: {field} of 1 to {most}, and nothing else"
         )
+    return number
 
 
 def _first_layers(model: SequenceModel, params: Mapping[str, Any], num_layers: int):

@@ -77,7 +77,8 @@ class Engine:
         self.vocab_size = decoder.vocab_size
         self._decoder = decoder
         self._max_waiting = max_waiting
-        self._slots: list[Ticket | None] = [None] * decoder.num_slots
+        self._num_slots = decoder.num_slots
+        self._slots: dict[int, Ticket] = {}  # those that are taken
         self._waiting: collections.deque[Ticket] = collections.deque()
         self._wakes = threading.Condition()
         self._closing = False
@@ -98,7 +99,7 @@ class Engine:
     @property
     def num_active(self) -> int:
         """Texts that are decoded now."""
-        return sum(ticket is not None and not ticket.cancelled for ticket in self._slots)
+        return sum(not ticket.cancelled for ticket in tuple(self._slots.values()))
 
     @property
     def free_cache_tokens(self) -> int | None:
@@ -173,16 +174,16 @@ class Engine:
         self._fail_all(RuntimeError("the server is shutting down"), with_waiting=True)
 
     def _drop_cancelled(self) -> None:
-        for slot, ticket in enumerate(self._slots):
-            if ticket is not None and ticket.cancelled:
-                self._vacate(slot)
+        for slot in [slot for slot, ticket in self._slots.items() if ticket.cancelled]:
+            self._vacate(slot)
         with self._wakes:
             self._waiting = collections.deque(t for t in self._waiting if not t.cancelled)
 
     def _admit(self) -> None:
         """Gives free slots to those that wait."""
-        while self._waiting and not self._closing and None in self._slots:
-            ticket, slot = self._waiting[0], self._slots.index(None)
+        while self._waiting and not self._closing and len(self._slots) < self._num_slots:
+            ticket = self._waiting[0]
+            slot = next(slot for slot in range(self._num_slots) if slot not in self._slots)
             if not ticket.cancelled:
                 if not self._decoder.admit(slot, ticket.request):
                     return  # nobody overtakes it
@@ -212,14 +213,13 @@ class Engine:
         return finish
 
     def _vacate(self, slot: int) -> None:
-        self._slots[slot] = None
+        del self._slots[slot]
         self._decoder.release(slot)
 
     def _fail_all(self, error: Exception, with_waiting: bool = False) -> None:
-        failed = [ticket for ticket in self._slots if ticket is not None]
-        for slot, ticket in enumerate(self._slots):
-            if ticket is not None:
-                self._vacate(slot)
+        failed = list(self._slots.values())
+        for slot in list(self._slots):
+            self._vacate(slot)
         if with_waiting:
             failed += self._waiting
             self._waiting.clear()

@@ -14,7 +14,7 @@ from effjax.serving import decoding
 from effjax.serving.decoding import Programs, Rows
 from effjax.serving.inputs import NO_TOKEN, Inputs
 from effjax.serving.programs import compiled
-from effjax.serving.prompts import bucket
+from effjax.serving.prompts import TokenIds, bucket
 from effjax.serving.sampling import PLAIN, Sampling, Settings
 
 
@@ -57,7 +57,7 @@ class Step:
 def generate(
     model: SequenceModel,
     variables: Any,
-    prompts: Sequence[Int[Array, " n"]],
+    prompts: Sequence[TokenIds],
     max_new_tokens: int,
     *,
     sampling: Sampling = PLAIN,
@@ -103,7 +103,7 @@ def generate(
 def stream(
     model: SequenceModel,
     variables: Any,
-    prompts: Sequence[Int[Array, " n"]],
+    prompts: Sequence[TokenIds],
     max_new_tokens: int,
     *,
     sampling: Sampling = PLAIN,

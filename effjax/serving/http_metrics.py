@@ -41,7 +41,7 @@ class Metrics:
                 self._gauge(
                     "free_cache_tokens",
                     "Room in the memory that texts share.",
-                    lambda: engine.free_cache_tokens,
+                    lambda: engine.free_cache_tokens or 0,
                 )
             self._registry.register(_Totals(engine))
 
@@ -67,8 +67,8 @@ class _Totals(Collector):
         self._engine = engine
 
     def collect(self) -> Iterator[CounterMetricFamily]:
-        for name, text, count in self._engine.totals:
-            yield CounterMetricFamily(f"effjax_{name}", text, value=count)
+        for total in self._engine.totals:
+            yield CounterMetricFamily(f"effjax_{total.name}", total.text, value=total.count)
 
 
 class Observed:

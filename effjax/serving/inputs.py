@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from effjax.models import SequenceModel
-from effjax.serving.prompts import bucket, check_ids, check_prompt, pad
+from effjax.serving.prompts import TokenIds, bucket, check_ids, check_prompt, pad
 from effjax.serving.sampling import Sampling, Settings
 
 # In place of a token where a row has none.
@@ -44,7 +43,7 @@ class Inputs:
     def of(
         cls,
         models: Sequence[SequenceModel],
-        prompts: Sequence[Any],
+        prompts: Sequence[TokenIds],
         max_new_tokens: int,
         sampling: Sampling,
         stop_tokens: Collection[int],
@@ -64,24 +63,24 @@ class Inputs:
           ValueError: for prompts, ids or a key that are not valid, or more tokens than a model's `max_seq_len`.
         """
         vocab_size = models[0].vocab_size
-        prompts = [check_prompt(f"prompts[{i}]", p, vocab_size) for i, p in enumerate(prompts)]
-        if not prompts:
+        checked = [check_prompt(f"prompts[{i}]", p, vocab_size) for i, p in enumerate(prompts)]
+        if not checked:
             raise ValueError("prompts is empty; valid: at least one prompt")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={max_new_tokens}; valid: at least 1")
-        longest = max(map(len, prompts))
+        longest = max(map(len, checked))
         limit = min(model.max_seq_len for model in models)
         if longest + max_new_tokens > limit:
             raise ValueError(
                 f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens}; "
                 f"valid: at most max_seq_len={limit} together"
             )
-        padded, lengths = pad(prompts, limit)
+        padded, lengths = pad(checked, limit)
         stops = check_ids("stop_tokens", np.array(sorted(stop_tokens), np.int64), vocab_size)
         return cls(
             prompts=padded,
             lengths=lengths,
-            keys=_keys_of_rows(key, len(prompts)),
+            keys=_keys_of_rows(key, len(checked)),
             settings=sampling.settings(),
             stop_tokens=np.pad(
                 stops, (0, bucket(len(stops)) - len(stops)), constant_values=NO_TOKEN

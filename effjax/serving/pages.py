@@ -5,6 +5,7 @@ of each cache as it may need when it gets its slot, and gives them back at its e
 arXiv 2309.06180).
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,7 +113,8 @@ def put_in_pages(
         in_pages = in_pages.reshape(-1, PAGE_SIZE, *fresh.shape[2:])
         return old.at[pages.reshape(-1)].set(in_pages, mode="drop")
 
-    return cache.replace(
+    return dataclasses.replace(
+        cache,
         k=write(cache.k, new.k),
         v=write(cache.v, new.v),
         page_table=cache.page_table.at[rows].set(pages),

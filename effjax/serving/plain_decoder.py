@@ -1,5 +1,6 @@
 """The decoder for every model: each step takes all texts on by one token."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -102,7 +103,8 @@ class PlainDecoder(Decoder):
 
     def _step(self) -> Mapping[int, Sequence[Drawn]]:
         # To a row that has stopped nothing happens, so that it writes to no page that is another's by now.
-        rows = self._rows.replace(stopped=jnp.asarray(~self._requests.is_read))
+        stopped = jnp.asarray(~self._requests.is_read)
+        rows = dataclasses.replace(self._rows, stopped=stopped)
         self._rows = self._programs.advance(
             self._variables, rows, self._requests.settings(), NO_STOPS
         )
@@ -137,8 +139,7 @@ def _put(
 ) -> Rows:
     """The rows with K new ones in some places, in the pages that are theirs from now on."""
     state = put(rows.state, new.state, places, axes=axes, pages=pages)
-    rest = put(rows.replace(state=None), new.replace(state=None), places)
-    return rest.replace(state=state)
+    return decoding.map_rows(lambda old, values: old.at[places].set(values), state, rows, new)
 
 
 def _newest(

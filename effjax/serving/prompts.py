@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Array, Int
+
+# Token ids of a text, as callers have them.
+TokenIds = Int[Array | np.ndarray, " n"] | Sequence[int]
 
 _SMALLEST = 16
 

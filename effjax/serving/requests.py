@@ -69,7 +69,7 @@ class Requests:
 
     def __init__(self, num_slots: int, vocab_size: int):
         self.is_read: Bool[np.ndarray, " B"] = np.zeros(num_slots, bool)
-        self._requests: list[Request | None] = [None] * num_slots
+        self._requests: dict[int, Request] = {}
         self._unread: collections.deque[int] = collections.deque()
         self._neutral = {**_NEUTRAL, "top_k": float(vocab_size)}
 
@@ -80,7 +80,7 @@ class Requests:
 
     def remove(self, slot: int) -> None:
         """Frees a slot."""
-        self._requests[slot] = None
+        self._requests.pop(slot, None)
         self.is_read[slot] = False
         if slot in self._unread:
             self._unread.remove(slot)
@@ -113,8 +113,8 @@ class Requests:
     def settings(self) -> Settings:
         """How tokens of the texts that are decoded are drawn: those settings that one of them uses, [B] each."""
         samplings = [
-            request.sampling if is_read else None
-            for request, is_read in zip(self._requests, self.is_read, strict=True)
+            self._requests[slot].sampling if is_read else None
+            for slot, is_read in enumerate(self.is_read)
         ]
         used = {name for s in samplings if s is not None for name in s.settings()}
         names = next(names for names in _PROGRAMS if used <= set(names))

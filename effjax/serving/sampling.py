@@ -9,10 +9,11 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 # Of one number for all rows, or of one number a row.
-Parameter = Float[Array, "B"] | float
+Parameter = Float[Array | np.ndarray, "B"] | float
 
 # Which settings are in use, and their values; under `jax.jit` the first is static and the second is not.
 Settings = Mapping[str, Parameter]
@@ -99,6 +100,8 @@ def adjust(
 ) -> Float[Array, "B V"]:
     """Logits of the distribution that tokens are drawn from: the penalty, the temperature, and then the filters."""
     if "repetition_penalty" in settings:
+        if seen is None:
+            raise ValueError("repetition_penalty and seen=None; valid: the tokens that were seen")
         logits = penalise_repetition(logits, seen, settings["repetition_penalty"])
     for name, step in STEPS.items():
         if name in settings:
@@ -117,9 +120,9 @@ def probabilities(
       seen: tokens that the text has already before that place, for `repetition_penalty`.
     """
     num_tokens = logits.shape[-1]
-    flat = lambda x: None if x is None else x.reshape(-1, num_tokens)  # noqa: E731
+    flat = lambda x: x.reshape(-1, num_tokens)  # noqa: E731
     settings = {name: _at_every_place(value, logits) for name, value in settings.items()}
-    adjusted = adjust(flat(logits), settings, flat(seen))
+    adjusted = adjust(flat(logits), settings, None if seen is None else flat(seen))
     if "temperature" in settings:
         found = jax.nn.softmax(adjusted)
     else:

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 from absl import flags
 
@@ -86,7 +85,7 @@ _TIMEOUT = flags.DEFINE_float("timeout", 300.0, "Seconds that a request may take
 class Loaded(NamedTuple):
     """A model to be served."""
 
-    model: nn.Module
+    model: models.SequenceModel
     variables: Any
     tokenizer: data.Tokenizer
     template: ChatTemplate
@@ -207,7 +206,7 @@ def serve(
     )
 
 
-def scores_vocabulary(model: nn.Module) -> bool:
+def scores_vocabulary(model: models.SequenceModel) -> bool:
     """Whether the model's head gives logits of tokens."""
     tokens = jax.ShapeDtypeStruct((1, 1), "int32")
     output, _ = jax.eval_shape(lambda t: model.init_with_output(jax.random.key(0), t), tokens)
@@ -215,11 +214,14 @@ def scores_vocabulary(model: nn.Module) -> bool:
 
 
 def main():
-    if (_WORKDIR.value is None) == (_HF.value is None):
-        raise ValueError("give one of --workdir and --hf")
+    workdir, hf = _WORKDIR.value, _HF.value
     compilation.enable_cache()
-    folder = _WORKDIR.value or _HF.value
-    loaded = load_run(folder) if _WORKDIR.value else load_folder(folder)
+    if workdir is not None and hf is None:
+        folder, loaded = workdir, load_run(workdir)
+    elif hf is not None and workdir is None:
+        folder, loaded = hf, load_folder(hf)
+    else:
+        raise ValueError("give one of --workdir and --hf")
     key = os.environ.get("EFFJAX_API_KEY") or None
     if key is None and _HOST.value not in ("127.0.0.1", "::1", "localhost"):
         logger.warning(

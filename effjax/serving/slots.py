@@ -26,28 +26,26 @@ def batch_axes(model: SequenceModel, max_length: int) -> Any:
     return jax.tree.map(differs, two, three)
 
 
-def put(
-    batch: Any,
-    new: Any,
+def put[Batch](
+    batch: Batch,
+    new: Batch,
     rows: Int[Array, " K"],
     *,
-    axes: Any = None,
+    axes: Any,
     pages: Int[Array, "K N"] | None = None,
-) -> Any:
+) -> Batch:
     """Arrays of B rows with K of them replaced by those of a smaller batch.
 
     Args:
       batch: a pytree of arrays.
       new: the same of K rows and as much room.
       rows: from 0 to B - 1.
-      axes: see `batch_axes`; None: the rows are the first axis of every array.
+      axes: for each array, which of its axes is that of the rows.
       pages: those of each of the rows in the page tables, if caches of `batch` are in pages.
     """
-    if axes is None:
-        axes = jax.tree.map(lambda _: 0, new)
 
     def write(old, values, axis):
-        if isinstance(old, PagedKVState):
+        if pages is not None and isinstance(old, PagedKVState):
             return put_in_pages(old, values, rows, pages)
         return old.at[(slice(None),) * axis + (rows,)].set(values)
 

@@ -12,6 +12,7 @@ back to its text in a way that is exact for every mixer and depth policy and cos
   away. So it makes one pass a drafted token, as it would without any of this.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -127,7 +128,9 @@ def begin(
     empty = _tentative(models[0], num_draft_tokens).init_state(num_rows, max_length)
     none = jnp.zeros((num_rows,), jnp.int32)
     return Texts(
-        target=rows.state.replace(layers=make_tentative(rows.state.layers, empty.layers)),
+        target=dataclasses.replace(
+            rows.state, layers=make_tentative(rows.state.layers, empty.layers)
+        ),
         draft=draft_rows.state,
         unread=jnp.zeros((num_rows, num_draft_tokens + 1), jnp.int32).at[:, 0].set(rows.token),
         num_unread=jnp.ones_like(none),
@@ -197,11 +200,9 @@ def admit(
     )
     target_axes = batch_axes(_tentative(models[0], num_draft_tokens), max_length)
     draft_axes = batch_axes(models[1], max_length)
-    rest = [each.replace(target=None, draft=None) for each in (texts, new)]
-    return put(*rest, rows).replace(
-        target=put(texts.target, new.target, rows, axes=target_axes),
-        draft=put(texts.draft, new.draft, rows, axes=draft_axes),
-    )
+    first_axes = jax.tree.map(lambda _: 0, new)
+    axes = dataclasses.replace(first_axes, target=target_axes, draft=draft_axes)
+    return put(texts, new, rows, axes=axes)
 
 
 def run(
@@ -240,7 +241,7 @@ def run(
         texts, rounds = carry
         return jnp.any(texts.goes_on) & (rounds < most_rounds)
 
-    texts = texts.replace(stopped=texts.stopped | ~is_wanted)
+    texts = dataclasses.replace(texts, stopped=texts.stopped | ~is_wanted)
     body = lambda carry: (round_of(carry[0]), carry[1] + 1)  # noqa: E731
     return jax.lax.while_loop(unfinished, body, (texts, jnp.int32(0)))[0]
 
@@ -323,9 +324,9 @@ def _draft(
     _, rest = jax.lax.scan(step, carry, jnp.arange(1, num_slots))
     join = lambda one, others: jnp.moveaxis(jnp.concatenate([one[None], others]), 0, 1)  # noqa: E731
     tokens, q, seen = jax.tree.map(join, first, rest)
-    if seen is not None:
+    if texts.seen is not None:
         seen = jnp.concatenate([texts.seen[:, None], seen], axis=1)
-    return texts.replace(draft=output.state), _Drafts(tokens, q, seen)
+    return dataclasses.replace(texts, draft=output.state), _Drafts(tokens, q, seen)
 
 
 def _judge(
@@ -367,12 +368,15 @@ def _judge(
         jnp.where(is_new, texts.count[:, None] + slots, texts.tokens.shape[1]),
     )
     length = texts.target.length + num_new
-    seen = texts.seen
-    if seen is not None:
+    seen = None
+    if drafts.seen is not None:
         behind = jnp.take_along_axis(drafts.seen, num_accepted[:, None, None], axis=1)[:, 0]
         seen = _with_token(behind, last)
-    return texts.replace(
-        target=output.state.replace(layers=settle(output.state.layers, length), length=length),
+    return dataclasses.replace(
+        texts,
+        target=dataclasses.replace(
+            output.state, layers=settle(output.state.layers, length), length=length
+        ),
         unread=fresh,
         num_unread=num_new,
         count=texts.count + num_new,

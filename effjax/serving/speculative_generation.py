@@ -12,7 +12,7 @@ from effjax.models import SequenceModel
 from effjax.serving import speculative
 from effjax.serving.generation import Generation
 from effjax.serving.inputs import Inputs
-from effjax.serving.prompts import bucket
+from effjax.serving.prompts import TokenIds, bucket
 from effjax.serving.sampling import PLAIN, Sampling
 
 
@@ -36,7 +36,7 @@ def speculate(
     variables: Any,
     draft: SequenceModel,
     draft_variables: Any,
-    prompts: Sequence[Int[Array, " n"]],
+    prompts: Sequence[TokenIds],
     max_new_tokens: int,
     *,
     num_draft_tokens: int = 4,
@@ -90,13 +90,15 @@ def speculate(
         inputs.stop_tokens,
         np.int32(max_new_tokens),
     )
-    found = jax.device_get(texts.replace(target=None, draft=None, keys=None))
+    drawn = jax.device_get((texts.tokens, texts.logprobs, texts.count, texts.stopped))
+    tokens, logprobs, lengths, stopped = drawn
+    passes, drafted, accepted = jax.device_get((texts.passes, texts.drafted, texts.accepted))
     return Speculation(
-        tokens=found.tokens[:, :max_new_tokens],
-        logprobs=found.logprobs[:, :max_new_tokens],
-        lengths=found.count,
-        stopped=found.stopped,
-        passes=found.passes,
-        drafted=found.drafted,
-        accepted=found.accepted,
+        tokens=tokens[:, :max_new_tokens],
+        logprobs=logprobs[:, :max_new_tokens],
+        lengths=lengths,
+        stopped=stopped,
+        passes=passes,
+        drafted=drafted,
+        accepted=accepted,
     )

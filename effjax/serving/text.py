@@ -1,6 +1,6 @@
 """From tokens that come one by one to text that can be shown at once."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 from effjax.data.tokenizers import Tokenizer
 
@@ -16,7 +16,7 @@ class TextPieces:
     and one that ends within a character waits for its end.
     """
 
-    def __init__(self, tokenizer: Tokenizer, shown: Sequence[int] = ()):
+    def __init__(self, tokenizer: Tokenizer, shown: Iterable[int] = ()):
         """Begins behind the tokens `shown`, whose text is there already."""
         self._tokenizer = tokenizer
         self._ids = list(map(int, shown))
@@ -44,7 +44,7 @@ class TextPieces:
 
 
 def text_pieces(
-    tokenizer: Tokenizer, tokens: Iterable[int], shown: Sequence[int] = ()
+    tokenizer: Tokenizer, tokens: Iterable[int], shown: Iterable[int] = ()
 ) -> Iterator[str]:
     """The text of tokens in pieces as they come; see `TextPieces`.
 

@@ -36,10 +36,10 @@ class Unsent:
           most: new tokens that a row can have.
         """
         found = _behind(tokens, logprobs, counts, self._sent, size=most)
-        *drawn, counts = jax.device_get(found)
-        is_new = counts - self._sent
-        self._sent = counts.copy()  # what comes from a device is read-only
-        return by_slot(range(len(counts)), *drawn, is_new)
+        new_tokens, new_logprobs, drawn = jax.device_get(found)
+        num_new = drawn - self._sent
+        self._sent = drawn.copy()  # what comes from a device is read-only
+        return by_slot(range(len(drawn)), new_tokens, new_logprobs, num_new)
 
 
 @functools.partial(jax.jit, static_argnames="size")
