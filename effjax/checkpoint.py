@@ -23,7 +23,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import ml_collections
@@ -33,6 +33,9 @@ from orbax.checkpoint import checkpoint_managers
 
 from effjax import data, processes
 from effjax.digest import digest
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +137,7 @@ class Checkpoints:
         with self._writing():
             self._manager.save(step, args=args, force=True)
 
-    def restore[State](
+    def restore[State: DataclassInstance](
         self, abstract_state: State, iterator: Any
     ) -> tuple[State, dict[str, Any]] | None:
         """Reads the newest checkpoint that is whole.
@@ -327,14 +330,14 @@ def _items(state: Any) -> dict[str, Any]:
     return items | {"rest": {jax.tree_util.keystr(path): leaf for path, leaf in leaves}}
 
 
-def _from_items[State](like: State, items: Mapping[str, Any]) -> State:
+def _from_items[State: DataclassInstance](like: State, items: Mapping[str, Any]) -> State:
     """The inverse of `_items`, in the structure of `like`."""
     fields = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
     rest = {name: value for name, value in fields.items() if name not in ("params", "ema")}
     rest = jax.tree_util.tree_map_with_path(
         lambda path, _: items["rest"][jax.tree_util.keystr(path)], rest
     )
-    return type(like)(params=items["params"], ema=items.get("ema"), **rest)
+    return dataclasses.replace(like, params=items["params"], ema=items.get("ema"), **rest)
 
 
 def _steps(directory: Path) -> list[int]:
@@ -366,7 +369,7 @@ def _newest_readable(directory: Path, read: Any, steps: Sequence[int] | None = N
     return None
 
 
-def _read_state[State](
+def _read_state[State: DataclassInstance](
     path: Path, abstract_state: State, iterator: Any
 ) -> tuple[State, dict[str, Any]]:
     """What `Checkpoints.restore` returns, or an exception on all processes alike."""
