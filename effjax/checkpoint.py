@@ -1,6 +1,5 @@
-"""What a run leaves in its workdir to be picked up again: its config, and checkpoints of its state.
+"""What a run leaves in its workdir to be picked up again: checkpoints of its state.
 
-    workdir/config.json            the resolved config
     workdir/checkpoints/<step>/    one checkpoint, complete or absent
         params/  ema/              parameters, and their average if there is one
         rest/                      step, optimizer state, random key
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import ml_collections
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "config.json"
 FOLDER = "checkpoints"
 DAMAGED_FOLDER = "damaged_checkpoints"
 
@@ -47,26 +44,6 @@ _ARRAY_ITEMS = ("params", "ema", "rest")
 _MIN_SLICE_BYTES = 2**22
 # In the message of the ValueError that the format of the arrays makes of an error of the disk.
 _DISK_ERROR = "os_error_code"
-
-# What may change when a run goes on; everything else makes it another run.
-_FREE_FIELDS = (
-    "evaluation",
-    "mesh",
-    "model.num_microbatches",
-    "training.checkpoint_every",
-    "training.eval_batches",
-    "training.eval_every",
-    "training.keep",
-    "training.keep_best",
-    "training.log_every",
-    "training.max_skipped",
-    "training.nonfinite",
-    "training.num_steps",
-    "training.offload_optimizer",
-    "data.prefetch",
-    "data.retries",
-    "data.retry_seconds",
-)
 
 
 class CheckpointError(ValueError):
@@ -254,59 +231,6 @@ def restore_variables(
     return found[0]
 
 
-def save_config(workdir: str | Path, config: Mapping[str, Any]) -> None:
-    """Writes the resolved config beside the checkpoints."""
-    path = Path(workdir) / CONFIG_FILE
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(_plain(config), indent=2) + "\n")
-    unfinished.replace(path)
-
-
-def load_config(workdir: str | Path) -> ml_collections.ConfigDict:
-    """The config that a run was started with.
-
-    Raises:
-      CheckpointError: if the workdir holds no config, or it is not JSON.
-    """
-    path = Path(workdir) / CONFIG_FILE
-    if not path.is_file():
-        raise CheckpointError(f"{path} does not exist; valid: the workdir of a training run")
-    try:
-        return ml_collections.ConfigDict(json.loads(path.read_text()))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-
-
-def check_same_run(workdir: str | Path, config: Mapping[str, Any]) -> None:
-    """Checks that a workdir is free, or that its run is the one that `config` describes.
-
-    Model, data, objective, optimizer, seed, accumulation and averaging must be equal; lengths, intervals, mesh and
-    evaluation may change from one start to the next. A field that one of them lacks is off in it: None, False or 0.
-
-    Raises:
-      CheckpointError: naming every field that differs, with both values.
-    """
-    workdir = Path(workdir)
-    if not (workdir / CONFIG_FILE).exists():
-        if _steps(workdir / FOLDER):
-            raise CheckpointError(
-                f"{workdir} has checkpoints and no {CONFIG_FILE}; valid: another workdir"
-            )
-        return
-    old, new = dict(_flat(_plain(load_config(workdir)))), dict(_flat(_plain(config)))
-    changed = [
-        f"{field} (there: {json.dumps(old[field]) if field in old else 'absent'}, "
-        f"now: {json.dumps(new[field]) if field in new else 'absent'})"
-        for field in sorted(old.keys() | new.keys())
-        if (old.get(field) or None) != (new.get(field) or None) and not _is_free(field)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"workdir {workdir} belongs to another config: {'; '.join(changed)}; "
-            "valid: the same values, or another workdir"
-        )
-
-
 @dataclasses.dataclass
 class _KeepBest(checkpoint_managers.PreservationPolicy):
     """Preserves the checkpoint of lowest held-out loss; `losses` is by step."""
@@ -466,29 +390,3 @@ def _set_aside(path: Path) -> None:
 def _short(error: Exception, length: int = 200) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:length]}"
-
-
-def _plain(config: Any) -> Any:
-    """The config as JSON would give it back."""
-    return json.loads(json.dumps(_mapping(config), default=_mapping))
-
-
-def _mapping(value: Any) -> Any:
-    """What `json` cannot write by itself; a ConfigDict gives its values with references resolved."""
-    if not isinstance(value, Mapping | ml_collections.ConfigDict):
-        raise TypeError(
-            f"a config holds {value!r}; valid: numbers, strings, None, tuples and dicts"
-        )
-    return dict(value.items())
-
-
-def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping) and value:
-        for key, one in value.items():
-            yield from _flat(one, f"{path}.{key}" if path else key)
-    else:
-        yield path, value
-
-
-def _is_free(field: str) -> bool:
-    return any(field == free or field.startswith(f"{free}.") for free in _FREE_FIELDS)

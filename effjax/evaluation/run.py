@@ -14,7 +14,7 @@ import jax
 import ml_collections
 from jax.sharding import Mesh
 
-from effjax import checkpoint, data, models, processes
+from effjax import checkpoint, data, models, processes, run_config
 from effjax.evaluation import cost, report
 from effjax.evaluation.baselines import ngram_baselines
 from effjax.evaluation.forward import compile_forward, inputs_of
@@ -109,7 +109,7 @@ def _restored(config: dict[str, Any], workdir: str | Path, mesh: Mesh | None) ->
 
 def _chosen(config: Mapping[str, Any] | None, workdir: str | Path) -> dict[str, Any]:
     """The config of the evaluation, as plain values."""
-    trained = plain_config(checkpoint.load_config(workdir))
+    trained = plain_config(run_config.load(workdir))
     if config is None:
         return trained
     config = plain_config(config)

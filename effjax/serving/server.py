@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 
-from effjax import checkpoint, cli, compilation, data, interop, models
+from effjax import checkpoint, cli, compilation, data, interop, models, run_config
 from effjax.depth import Plain
 from effjax.serving.decoders import DECODINGS, Draft, create_decoder
 from effjax.serving.early_exit import early_exit as shallow
@@ -98,7 +98,7 @@ def load_run(workdir: str | Path) -> Loaded:
     Raises:
       CheckpointError: if there is none that can be read.
     """
-    config = json.loads(checkpoint.load_config(workdir).to_json())  # plain values
+    config = json.loads(run_config.load(workdir).to_json())  # plain values
     variables, step = checkpoint.restore_variables(workdir)
     model = models.create(**config["model"]).at_step(step)
     tokenizer = data.tokenizer(config["data"])

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 from rich.console import Console
 
-from effjax import checkpoint, compilation, evaluation, processes
+from effjax import compilation, evaluation, processes, run_config
 from effjax.training import config as configs
 from effjax.training import curves, metrics, sharding, summary
 from effjax.training.loop import Run
@@ -46,7 +46,7 @@ def fit(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     configs.check(config)
     config = configs.resolve(config)
     workdir = Path(workdir)
-    checkpoint.check_same_run(workdir, config)
+    run_config.check_same_run(workdir, config)
     num_steps = config["training"]["num_steps"]
     screen = Screen(num_steps, None if processes.is_first() else Console(quiet=True))
     earlier = summary.read(workdir)
@@ -60,7 +60,7 @@ def fit(config: Mapping[str, Any], workdir: str | Path) -> dict[str, Any]:
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
         with Run(config, workdir, mesh, screen) as run:
             if processes.is_first():
-                checkpoint.save_config(workdir, config)
+                run_config.save(workdir, config)
             screen.say(_opening(run, workdir))
             with _drawn_at_the_end(workdir):
                 signal = run.train()

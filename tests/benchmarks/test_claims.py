@@ -18,7 +18,7 @@ from benchmarks.claims.catalogue import CLAIMS
 from benchmarks.claims.page import document
 from benchmarks.claims.spread import cell, is_level, is_lower, is_no_higher
 from configs import transformer
-from effjax import checkpoint
+from effjax import run_config
 from effjax.checkpoint import CheckpointError
 from effjax.training import config as configs
 from pallas_kernels import attention
@@ -176,7 +176,7 @@ def test_a_finished_run_is_not_done_again_and_another_config_is_refused(tmp_path
     resolved = configs.resolve(config) | {"seed": 2}
     resolved["data"]["seed"] = 2
     del resolved["training"]["nonfinite"]  # a field that came after the run
-    checkpoint.save_config(workdir, resolved)
+    run_config.save(workdir, resolved)
     summary = {"steps": config.training.num_steps, "heldout_bits_per_byte": 1.5}
     (workdir / "summary.json").write_text(json.dumps(summary))
     (workdir / "report.json").write_text(json.dumps({"model": "x"}))

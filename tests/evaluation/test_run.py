@@ -14,8 +14,8 @@ import optax
 import pytest
 from matplotlib.image import imread
 
-from effjax import data, evaluation, models
-from effjax.checkpoint import CheckpointError, Checkpoints, save_config
+from effjax import data, evaluation, models, run_config
+from effjax.checkpoint import CheckpointError, Checkpoints
 from effjax.evaluation.heldout import evaluate_language_model
 from effjax.training.sharding import make_mesh
 from effjax.training.state import init_state
@@ -37,7 +37,7 @@ def config_of(model, source, **overrides):
 def save_run(config, workdir, steps=(3,)):
     """A workdir as training leaves it, the parameters of each step drawn from that seed."""
     workdir.mkdir(exist_ok=True)
-    save_config(workdir, config)
+    run_config.save(workdir, config)
     model = models.create(**config["model"])
     iterator = data.build(config["data"], split="train")
     with Checkpoints(workdir) as checkpoints:
@@ -148,9 +148,9 @@ def test_a_mesh_that_does_not_fit_is_an_error_if_it_was_asked_for(run, caplog):
     wrong = config | {"mesh": {"data": 3}}
     with pytest.raises(ValueError, match=r"data\.batch_size=4; valid: a multiple of 3"):
         evaluation.evaluate(wrong, workdir)
-    save_config(workdir, wrong)  # as if it had been trained on another machine
+    run_config.save(workdir, wrong)  # as if it had been trained on another machine
     found = evaluation.evaluate(None, workdir)
-    save_config(workdir, config)
+    run_config.save(workdir, config)
     assert "evaluating on 4 of the devices here, mesh.fsdp=4" in caplog.text
     assert found["heldout"]["loss"] == pytest.approx(report["heldout"]["loss"], rel=1e-5)
 
@@ -208,7 +208,7 @@ def test_a_workdir_without_a_run_is_an_error(tmp_path):
 
 
 def test_a_run_without_a_checkpoint_is_an_error(text_source, tmp_path):
-    save_config(tmp_path, config_of("transformer", text_source))
+    run_config.save(tmp_path, config_of("transformer", text_source))
     with pytest.raises(CheckpointError, match="checkpoint"):
         evaluation.evaluate(None, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

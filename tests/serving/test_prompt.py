@@ -11,8 +11,8 @@ import numpy as np
 import optax
 import pytest
 
-from effjax import data, evaluation, models, serving
-from effjax.checkpoint import Checkpoints, save_config
+from effjax import data, evaluation, models, run_config, serving
+from effjax.checkpoint import Checkpoints
 from effjax.data.tokenizers import ByteTokenizer
 from effjax.serving import Sampling
 from effjax.training.state import init_state
@@ -30,7 +30,7 @@ def save_run(workdir, name, **overrides):
         "objective": {"name": "next_token"},
     }
     workdir.mkdir()
-    save_config(workdir, config)
+    run_config.save(workdir, config)
     model = models.create(**config["model"])
     state = jax.jit(
         functools.partial(init_state, model, optax.sgd(0.1), seq_len=32, seed=0, ema=False)

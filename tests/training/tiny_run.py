@@ -8,7 +8,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
-from effjax import checkpoint
+from effjax import run_config
 from effjax.training import config as configs
 from effjax.training import metrics, sharding
 from effjax.training.loop import Run
@@ -63,7 +63,7 @@ def train(config, workdir, screen=None):
     screen = screen or quiet(Screen, config)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.AXIS_RULES):
         with Run(config, workdir, mesh, screen) as run:
-            checkpoint.save_config(workdir, config)
+            run_config.save(workdir, config)
             run.received = run.train()
         return run
 
