@@ -150,3 +150,8 @@ def test_what_is_not_in_use_is_not_computed():
 def test_values_that_are_not_valid_are_refused(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}; valid: "):
         Sampling(**{field: value})
+
+
+def test_a_repetition_penalty_needs_to_know_what_was_seen():
+    with pytest.raises(ValueError, match="repetition_penalty and seen=None; valid: "):
+        adjust(jnp.zeros((1, 3)), {"repetition_penalty": 1.5})
