@@ -94,16 +94,20 @@ def batch_shards(mesh: Mesh) -> int:
 
 def check_batch(batch_size: int, seq_len: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
     """Raises ValueError unless the mesh cuts batches of that size into equal parts, a micro-batch at a time."""
-    parts = batch_shards(mesh) * accumulation_steps
-    if batch_size % parts:
-        raise ValueError(
-            f"data.batch_size={batch_size}; valid: a multiple of {parts} "
-            f"(mesh axes {' x '.join(dict(AXIS_RULES)['batch'])}, times training.accumulation_steps)"
-        )
+    check_rows("data.batch_size", batch_size, mesh, accumulation_steps)
     if seq_len % mesh.shape["context"]:
         raise ValueError(
             f"data.seq_len={seq_len}; valid: a multiple of mesh.context={mesh.shape['context']}"
         )
+
+
+def check_rows(field: str, count: int, mesh: Mesh, accumulation_steps: int = 1) -> None:
+    """Raises ValueError, naming the field, unless the mesh cuts so many rows into equal parts."""
+    parts = batch_shards(mesh) * accumulation_steps
+    if count < 1 or count % parts:
+        axes = " x ".join(dict(AXIS_RULES)["batch"])
+        times = ", times training.accumulation_steps" if accumulation_steps > 1 else ""
+        raise ValueError(f"{field}={count}; valid: a multiple of {parts} (mesh axes {axes}{times})")
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -49,11 +49,7 @@ def plan_decoding(
     """
     chip = topologies.chip(topology)
     mesh = topologies.mesh(topology, config["mesh"])
-    parts = sharding.batch_shards(mesh)
-    if batch_size < 1 or batch_size % parts:
-        raise ValueError(
-            f"plan.decode_batch={batch_size}; valid: a multiple of {parts} (mesh axes pipeline x data x fsdp x expert)"
-        )
+    sharding.check_rows("plan.decode_batch", batch_size, mesh)
     config = configs.resolve(config)
     model = decoding.served(models.create(**config["model"]))
     start = time.perf_counter()
