@@ -15,7 +15,7 @@ import jax
 from jaxtyping import Array
 
 from effjax import pytree
-from effjax.models import state_size
+from effjax.models import SequenceModel, state_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ def expert_share(model: nn.Module, mean_experts: float | None = None) -> float:
         the model spends when its load is even.
     """
     ffn = getattr(model, "ffn", None)
-    if not hasattr(ffn, "num_experts"):
+    if ffn is None or not hasattr(ffn, "num_experts"):
         return 1.0
     return (ffn.expected_experts if mean_experts is None else mean_experts) / ffn.num_experts
 
@@ -134,7 +134,7 @@ def measure_latency(
     return Latency(median, min(seconds), inputs["tokens"].size / median, num_runs)
 
 
-def decode_state_bytes(model: nn.Module, length: int) -> int | None:
+def decode_state_bytes(model: SequenceModel, length: int) -> int | None:
     """Bytes of state that the layers keep to decode one sequence, after `length` tokens of it.
 
     None for models that do not decode.

@@ -24,7 +24,7 @@ def compile_forward(model: nn.Module, variables: Any, inputs: Mapping[str, Array
     """
 
     def forward(variables, inputs):
-        output = model.apply(variables, **inputs)
+        output: Any = model.apply(variables, **inputs)
         return (output.embeddings if output.logits is None else output.logits), output.metrics
 
     return jax.jit(forward).lower(variables, inputs).compile()

@@ -34,21 +34,26 @@ class Scale:
 
     Attributes:
       classes: the whole numbers from the smallest to the largest, or None.
+      shown: the numbers of a legend.
     """
 
     def __init__(self, values: Sequence[float]):
         low, high = float(min(values)), float(max(values))
         whole = all(float(value).is_integer() for value in values)
-        self.classes = None
+        self.classes: list[int] | None = None
+        self.shown: Sequence[float]
         if whole and high - low < _MOST_CLASSES:
             self.classes = [int(low) + i for i in range(int(high - low) + 1)]
+            self.shown = self.classes
             bounds = np.arange(low - 0.5, high + 1)
             colours = _LIGHT.resampled(max(len(self.classes), 2))
             # A single class still needs two bounds; it takes the middle of the map.
             self.norm: Normalize = BoundaryNorm(bounds, max(len(self.classes), 1))
         else:
             colours = _LIGHT
-            self.norm = Normalize(low, high if high > low else low + 1.0)
+            top = high if high > low else low + 1.0
+            self.norm = Normalize(low, top)
+            self.shown = np.linspace(low, top, 7).tolist()
         self.colours: Colormap = colours
 
     def __call__(self, value: float) -> tuple[float, float, float]:
@@ -133,8 +138,7 @@ def page_of(cells: Sequence[Cell], scale: Scale, title: str, label: str) -> str:
         row = at
         text = html.escape("".join(_html_text(cell.text) for cell in run))
         lines.append(f'<b style="{_style(scale, value)}" title="{value:g}">{text}</b>')
-    shown = scale.classes or np.linspace(scale.norm.vmin, scale.norm.vmax, 7)
-    legend = " ".join(f'<b style="{_style(scale, v)}">&nbsp;{v:.3g}&nbsp;</b>' for v in shown)
+    legend = " ".join(f'<b style="{_style(scale, v)}">&nbsp;{v:.3g}&nbsp;</b>' for v in scale.shown)
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>

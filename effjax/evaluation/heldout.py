@@ -129,11 +129,11 @@ def evaluate_language_model(
       ValueError: if no batch has a target.
     """
     step = make_eval_step(model, output_sharding)
-    token_num_bytes = jnp.asarray(token_num_bytes, jnp.int32)
+    sizes = jnp.asarray(token_num_bytes, jnp.int32)
     totals = _Totals()
     pending = None
     for batch in batches:
-        dispatched = step(variables, dict(batch), token_num_bytes)
+        dispatched = step(variables, dict(batch), sizes)
         # Fetching one batch behind leaves the device something to do meanwhile.
         if pending is not None:
             totals.add(pending)
@@ -153,7 +153,7 @@ def make_eval_step(
     """
 
     def step(variables, batch, token_num_bytes):
-        output = model.apply(
+        output: Any = model.apply(
             variables,
             batch["tokens"],
             positions=batch["positions"],
@@ -220,7 +220,8 @@ class _Totals:
         if not self._sums[1].sum():
             raise ValueError("batches have no target with loss_mask > 0; valid: one or more")
         metrics = {name: value / self._inputs for name, value in self._metrics.items()}
-        return HeldOut(*self._sums, metrics=metrics)
+        loss, tokens, num_bytes = self._sums
+        return HeldOut(loss, tokens, num_bytes, metrics)
 
 
 def _lengthen(sums: np.ndarray, length: int) -> np.ndarray:

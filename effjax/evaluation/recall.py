@@ -78,7 +78,7 @@ def _make_step(model: nn.Module) -> Callable[..., Int[Array, "2 T"]]:
     @jax.jit
     def step(variables, batch):
         tokens = batch["tokens"]
-        output = model.apply(
+        output: Any = model.apply(
             variables, tokens, positions=batch["positions"], segment_ids=batch["segment_ids"]
         )
         asked = batch["loss_mask"] > 0

@@ -63,9 +63,10 @@ def table(report: Mapping[str, Any], width: int = 88) -> str:
             grid.add_row(first, "")
             section = first
         grid.add_row(f"  {rest}" if rest else path, readable(value))
-    console = Console(file=io.StringIO(), width=width, color_system=None)
+    text = io.StringIO()
+    console = Console(file=text, width=width, color_system=None)
     console.print(grid, markup=False)
-    lines = console.file.getvalue().splitlines()
+    lines = text.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
 

@@ -19,12 +19,13 @@ from jaxtyping import Array, Float, Int
 
 from effjax.heads.matryoshka import check_dims, truncate
 
+AnyArray = Array | np.ndarray
 Rows = list[dict[str, Any]]
 
 
 def search(
-    queries: Float[Array, "Q E"],
-    documents: Float[Array, "N E"],
+    queries: Float[AnyArray, "Q E"],
+    documents: Float[AnyArray, "N E"],
     *,
     dims: Sequence[int],
     sizes: Sequence[int],
@@ -97,7 +98,7 @@ def multiply_adds(num_documents: int, dims: Sequence[int], sizes: Sequence[int])
 
 
 def recall(
-    found: Int[Array, "Q K"], relevant: Int[Array, "Q R"], ks: Sequence[int]
+    found: Int[AnyArray, "Q K"], relevant: Int[AnyArray, "Q R"], ks: Sequence[int]
 ) -> dict[int, float]:
     """Fraction of the relevant documents among the first k found, averaged over the queries.
 
@@ -126,9 +127,9 @@ def recall(
 
 
 def recall_at_k(
-    queries: Float[Array, "Q E"],
-    documents: Float[Array, "N E"],
-    relevant: Int[Array, "Q R"],
+    queries: Float[AnyArray, "Q E"],
+    documents: Float[AnyArray, "N E"],
+    relevant: Int[AnyArray, "Q R"],
     *,
     dims: Sequence[int],
     ks: Sequence[int] = (1, 5, 10),
@@ -154,9 +155,9 @@ def recall_at_k(
 
 
 def adaptive_retrieval(
-    queries: Float[Array, "Q E"],
-    documents: Float[Array, "N E"],
-    relevant: Int[Array, "Q R"],
+    queries: Float[AnyArray, "Q E"],
+    documents: Float[AnyArray, "N E"],
+    relevant: Int[AnyArray, "Q R"],
     *,
     shortlist_dim: int,
     shortlist_size: int,
@@ -173,9 +174,9 @@ def adaptive_retrieval(
 
 
 def funnel_retrieval(
-    queries: Float[Array, "Q E"],
-    documents: Float[Array, "N E"],
-    relevant: Int[Array, "Q R"],
+    queries: Float[AnyArray, "Q E"],
+    documents: Float[AnyArray, "N E"],
+    relevant: Int[AnyArray, "Q R"],
     *,
     dims: Sequence[int],
     shortlist_size: int,
@@ -194,9 +195,9 @@ def funnel_retrieval(
 
 
 def adaptive_curve(
-    queries: Float[Array, "Q E"],
-    documents: Float[Array, "N E"],
-    relevant: Int[Array, "Q R"],
+    queries: Float[AnyArray, "Q E"],
+    documents: Float[AnyArray, "N E"],
+    relevant: Int[AnyArray, "Q R"],
     *,
     dims: Sequence[int],
     shortlist_sizes: Sequence[int],
@@ -219,8 +220,9 @@ def adaptive_curve(
     rows = recall_at_k(*data, dims=dims, ks=ks)
     for size in shortlist_sizes:
         for dim in dims[:-1]:
-            setting = {"shortlist_dim": dim, "shortlist_size": size, "rerank_dim": dims[-1]}
-            rows += adaptive_retrieval(*data, **setting, ks=ks)
+            rows += adaptive_retrieval(
+                *data, shortlist_dim=dim, shortlist_size=size, rerank_dim=dims[-1], ks=ks
+            )
         if len(dims) > 2:
             rows += funnel_retrieval(*data, dims=dims, shortlist_size=size, ks=ks)
     return rows

@@ -22,6 +22,7 @@ from effjax.evaluation.heldout import evaluate_language_model
 from effjax.evaluation.pair_retrieval import embed_pairs, evaluate_retrieval, nested_dims
 from effjax.evaluation.recall import evaluate_recall
 from effjax.evaluation.token_compute import measure_token_compute
+from effjax.models import SequenceModel
 from effjax.training import sharding
 from effjax.training.batches import Share
 
@@ -82,7 +83,7 @@ class Restored(NamedTuple):
     """
 
     config: dict[str, Any]
-    model: nn.Module
+    model: SequenceModel
     variables: Any
     step: int
 
@@ -138,7 +139,7 @@ def _mesh_here(config: Mapping[str, Any]) -> Mesh:
 
 def evaluate_variables(
     config: Mapping[str, Any],
-    model: nn.Module,
+    model: SequenceModel,
     variables: Any,
     workdir: str | Path,
     *,

@@ -76,7 +76,7 @@ def measure_token_compute(
             counts[name].update(dict(zip(seen.tolist(), number.tolist(), strict=True)))
             if keep:
                 passages[name] += _passages(tokenizer, tokens, values, segment_ids)
-        num_kept += np.count_nonzero(segment_ids)
+        num_kept += int(np.count_nonzero(segment_ids))
     return {
         name.removeprefix(PREFIX): TokenCompute(dict(counts[name]), passages[name])
         for name in counts
