@@ -110,20 +110,20 @@ def define_distributed(what: str) -> Callable[[], AbstractContextManager]:
         f"One of several processes that {what}; the cluster (TPU pod, SLURM, Kubernetes, Open MPI) says which, or "
         "these flags:",
     )
-    details = (
-        flags.DEFINE_string("distributed.coordinator_address", None, "host:port of process 0."),
-        flags.DEFINE_integer("distributed.num_processes", None, "How many processes there are."),
-        flags.DEFINE_integer("distributed.process_id", None, "Which one this is, from 0."),
+    address = flags.DEFINE_string(
+        "distributed.coordinator_address", None, "host:port of process 0."
     )
+    count = flags.DEFINE_integer("distributed.num_processes", None, "How many processes there are.")
+    index = flags.DEFINE_integer("distributed.process_id", None, "Which one this is, from 0.")
 
     def joined() -> AbstractContextManager:
-        check_not_alone(details, whole)
+        check_not_alone((address, count, index), whole)
         if not whole.value:
             return contextlib.nullcontext()
         from effjax.training import distributed  # after the flags: a wrong one is told at once
 
         report = functools.partial(one_message, _DEBUG.value)
-        return distributed.joined(*(flag.value for flag in details), report)
+        return distributed.joined(address.value, count.value, index.value, report)
 
     return joined
 
@@ -143,7 +143,7 @@ def default_workdir() -> str:
     """
     if flags.FLAGS["config"].value is None:
         raise ValueError("neither --workdir nor --config is given; valid: one of them or both")
-    path, _, argument = flags.FLAGS["config"].config_filename.partition(":")
+    path, _, argument = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")
     argument = re.sub(r"[:/\\]+", "-", argument)
     return str(Path("runs") / "-".join(filter(None, (Path(path).stem, argument))))
 
@@ -215,7 +215,8 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues = flags.FLAGS) ->
     if problem:
         fail(problem)
     if "verbosity" in flag_values and flag_values["verbosity"].using_default_value:
-        flag_values.verbosity = absl.logging.WARNING  # libraries log every file they write
+        # Libraries log every file they write. absl's hint of `__setattr__` is that of a type variable.
+        flag_values.verbosity = absl.logging.WARNING  # type: ignore[assignment]
     if rest[1:]:
         fail(f"unexpected argument {rest[1]!r}; valid: flags, as --name=value")
     return rest
@@ -270,9 +271,10 @@ def _what_is_wrong_with_override(config: Any, field: str, value: str | None) -> 
             return None
         return f"--config.{field} is {value!r}; valid: a dict, or set one of {', '.join(holder)}"
     parser = _FIELD_PARSERS.get(config_path.get_type(field, config))
+    if parser is None:
+        return None
     try:
-        if parser is not None:
-            parser.parse(value)
+        parser.parse(value)
     except (TypeError, ValueError):
         example = "" if holder is None else f", such as {holder!r}"
         return f"--config.{field} is {value!r}; valid: {parser.flag_type()}{example}"
