@@ -45,7 +45,7 @@ class _Literal(flags.ArgumentParser):
         try:
             return ast.literal_eval(argument)
         except (SyntaxError, ValueError):
-            return {"true": True, "false": False}.get(argument, argument)
+            return {"true": True, "false": False, "none": None}.get(argument, argument)
 
     def flag_type(self) -> str:
         return "literal"
@@ -69,9 +69,26 @@ _FIELD_PARSERS = {
     bool: _OrNone(flags.BooleanParser()),
     int: _OrNone(flags.IntegerParser()),
     float: _OrNone(flags.FloatParser()),
-    str: _OrNone(flags.ArgumentParser()),
+    str: flags.ArgumentParser(),  # where None is valid it has that for its type (`overrides`)
     type(None): _Literal(),
 }
+
+
+class _Recipe(config_flags.config_flags.ConfigFileFlagParser):
+    """A config file, made ready for the flags that set its fields (`effjax.training.overrides`)."""
+
+    def __init__(self, argv: list[str] | None):
+        super().__init__("config", lock_config=False)
+        self._argv = argv
+
+    def parse(self, path: str) -> Any:
+        config = super().parse(path)
+        if isinstance(config, ml_collections.ConfigDict):
+            from effjax.training import overrides  # as recipes do
+
+            overrides.prepare(config, list(_overrides(self._argv or sys.argv)))
+            config.lock()
+        return config
 
 
 def define_config(
@@ -80,7 +97,8 @@ def define_config(
     """Defines `--config=path/to/file.py[:argument]`, with `--config.field=value` for its fields.
 
     Beyond what `config_flags` does by itself, a field that is None takes any literal
-    (`--config.model.window=64`), and `none` sets a number, bool or string to None.
+    (`--config.model.window=64`), `none` sets a number, a bool, or a string that may be None to None, and a part that is
+    named (`--config.model.depth.name=recursive`) has the fields of that part, for flags to set.
 
     Args:
       help_string: what the config is for.
@@ -89,9 +107,11 @@ def define_config(
     """
     for kind, parser in _FIELD_PARSERS.items():
         config_flags.register_flag_parser_for_type(kind, parser)
-    return config_flags.DEFINE_config_file(
+    holder = config_flags.DEFINE_config_file(
         "config", None, help_string, flag_values=flag_values, sys_argv=argv
     )
+    flag_values["config"].parser = _Recipe(argv)
+    return holder
 
 
 def define_distributed(what: str) -> Callable[[], AbstractContextManager]:
@@ -233,7 +253,7 @@ def _what_is_wrong(error: Exception, argv: list[str]) -> str:
             return f"--{error.flagname} without a config; valid: --config=<file.py> before it"
         return describe(error)
     try:
-        config = config_flags.config_flags.ConfigFileFlagParser("config").parse(config_argument)
+        config = _Recipe(argv).parse(config_argument)
     except Exception as config_error:
         # config_flags wraps the file's own error in one that holds a traceback as its message.
         return f"--config={config_argument}: {describe(config_error.__context__ or config_error)}"
