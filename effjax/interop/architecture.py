@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable, Container, Mapping
 from typing import Any
 
+import flax.linen as nn
+
 from effjax import registry
 from effjax.ffn import Gated
 from effjax.ffn.dense import gated_width
@@ -15,7 +17,13 @@ from effjax.mixers import Attention, Mamba, Mamba2, SlidingWindow, TaylorLinear
 from effjax.models import SequenceModel
 
 # Fields that decide how a model is computed or trained, and not what it computes from given parameters.
-_FREE = ("aux_weight", "balance_weight", "capacity_factor", "capacity_warmup_steps", "chunk_size")
+_FREE: tuple[str, ...] = (
+    "aux_weight",
+    "balance_weight",
+    "capacity_factor",
+    "capacity_warmup_steps",
+    "chunk_size",
+)
 _FREE += (
     "dispatch",
     "dtype",
@@ -130,6 +138,17 @@ class Architecture:
     def _config(self, model: SequenceModel) -> dict[str, Any]:
         written = self.write(model)
         return {"architectures": [self.name], "model_type": self.model_type, **written}
+
+
+def part_of[Part](part: nn.Module | None, kind: type[Part]) -> Part:
+    """The part of a model, which is of the kind that the `parts` of an `Architecture` ask for.
+
+    Raises:
+      InteropError: if it is not.
+    """
+    if not isinstance(part, kind):
+        raise InteropError(f"the model has {registry.describe(part)}; valid: {kind.__name__}")
+    return part
 
 
 def spelled_out(model: SequenceModel) -> SequenceModel:

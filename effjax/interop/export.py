@@ -113,9 +113,9 @@ def load_export(path: str | Path, platform: str | None = None) -> "Exported":
         file = folder / SINGLE_FILE
         params = load_file(file)
     except Exception as error:  # what comes of broken bytes depends on where they are broken
-        if not isinstance(error, OSError | SafetensorError | ValueError | TypeError):
-            error = f"{type(error).__name__}: {error}"
-        raise InteropError(f"{file} is missing or broken: {error}") from None
+        is_clear = isinstance(error, OSError | SafetensorError | ValueError | TypeError)
+        what = str(error) if is_clear else f"{type(error).__name__}: {error}"
+        raise InteropError(f"{file} is missing or broken: {what}") from None
     return Exported(program, params, batch_size, length)
 
 
@@ -136,7 +136,9 @@ class Exported:
     length: int
 
     def __call__(
-        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+        self,
+        tokens: Int[Array | np.ndarray, "B T"],
+        segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
     ) -> dict[str, Array]:
         """Runs the program; fewer rows or tokens than it takes are padded, and the padding is cut off again.
 
@@ -147,20 +149,20 @@ class Exported:
         Raises:
           ValueError: for arrays of another rank, or more rows or tokens than the program takes.
         """
-        tokens = np.asarray(tokens)
-        segment_ids = np.ones_like(tokens) if segment_ids is None else np.asarray(segment_ids)
-        fits = tokens.ndim == 2 and all(
+        ids = np.asarray(tokens)
+        segments = np.ones_like(ids) if segment_ids is None else np.asarray(segment_ids)
+        fits = ids.ndim == 2 and all(
             1 <= size <= most
-            for size, most in zip(tokens.shape, (self.batch_size, self.length), strict=True)
+            for size, most in zip(ids.shape, (self.batch_size, self.length), strict=True)
         )
-        if not fits or segment_ids.shape != tokens.shape:
+        if not fits or segments.shape != ids.shape:
             raise ValueError(
-                f"tokens has shape {tokens.shape} and segment_ids {segment_ids.shape}; "
+                f"tokens has shape {ids.shape} and segment_ids {segments.shape}; "
                 f"valid: both [batch, time], at most [{self.batch_size}, {self.length}]"
             )
-        num_rows, num_tokens = tokens.shape
+        num_rows, num_tokens = ids.shape
         room = ((0, self.batch_size - num_rows), (0, self.length - num_tokens))
-        padded = (np.pad(array.astype(np.int32), room) for array in (tokens, segment_ids))
+        padded = (np.pad(array.astype(np.int32), room) for array in (ids, segments))
         found = self.program.call(self.params, *padded)
         return {
             name: array[:num_rows, :num_tokens] if name == "logits" else array[:num_rows]

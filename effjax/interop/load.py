@@ -98,11 +98,12 @@ def _described(folder: Path) -> tuple[Entries, Architecture, SequenceModel]:
 
 
 def _load(leaf: Leaf, shards: Shards, dtype: np.dtype, shardings: Place | None) -> jax.Array:
-    def read(index: Sequence[slice]) -> np.ndarray:
-        return leaf.read(index, shards.read_into, dtype)
+    def read(index: tuple[slice, ...] | None) -> np.ndarray:
+        whole = (slice(None),) * len(leaf.shape)
+        return leaf.read(whole if index is None else index, shards.read_into, dtype)
 
     if shardings is None:
-        array = jax.device_put(read((slice(None),) * len(leaf.shape)))
+        array = jax.device_put(read(None))
     else:
         where = shardings(leaf.path, leaf.shape)
         array = jax.make_array_from_callback(leaf.shape, where, read, dtype=dtype)
@@ -141,7 +142,7 @@ def _check(leaves: list[Leaf], shards: Shards, unused: Sequence[str], folder: Pa
 def _check_copies(leaves: list[Leaf], shards: Shards) -> None:
     """Tensors that are one parameter of ours are equal, where a checkpoint holds more than one of them."""
     pairs = {
-        (leaf.names[where], copy)
+        (str(leaf.names[where]), copy)
         for leaf in leaves
         for where in np.ndindex(leaf.names.shape)
         for copy in leaf.copies[where]

@@ -22,7 +22,8 @@ def to_nnx(
       A module whose `nnx.Param`s are the parameters, to be transformed, optimised and saved as any other's.
     """
     module = nnx.bridge.ToNNX(_Whole(model), rngs=rngs)
-    module.model = nnx.data(jax.tree.map(nnx.Param, dict(variables["params"])))
+    params = jax.tree.map(nnx.Param, dict(variables["params"]))
+    module.model = nnx.data(params)  # type: ignore[attr-defined] # the bridge has what is set, under any name
     return module
 
 

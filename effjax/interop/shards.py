@@ -22,7 +22,12 @@ BLOCK_BYTES = 2**22
 # Mapped pages count as memory of the process once they are touched, until the file is mapped anew.
 TOUCHED_BYTES = 2**24
 
-DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
+DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
 
 
 class MappedFile:
@@ -38,7 +43,7 @@ class MappedFile:
 
     def __init__(self, path: Path):
         self.path = path
-        self._map()
+        self._handle, self._touched = self._mapped(), 0
         self.names = frozenset(self._handle.keys())
 
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
@@ -53,7 +58,8 @@ class MappedFile:
           InteropError: if the file is no longer what it was.
         """
         if self._touched > TOUCHED_BYTES:
-            self._map()
+            del self._handle  # the old map goes before the new one comes
+            self._handle, self._touched = self._mapped(), 0
         try:
             tensor = self._handle.get_slice(name)
             part = tensor[index]
@@ -63,10 +69,9 @@ class MappedFile:
         self._touched += len(part) * math.prod(tensor.get_shape()[1:]) * part.itemsize
         return part
 
-    def _map(self) -> None:
-        self._handle, self._touched = None, 0  # the old map goes before the new one comes
+    def _mapped(self) -> safe_open:
         try:
-            self._handle = safe_open(self.path, framework="numpy")
+            return safe_open(self.path, framework="numpy")
         except FileNotFoundError:
             raise InteropError(f"{self.path} is missing: a shard that {INDEX_FILE} lists") from None
         except (OSError, SafetensorError) as error:
@@ -112,7 +117,7 @@ class Shards:
             raise InteropError(
                 f"{file.path}: tensor {name!r} has dtype {code}; valid: {', '.join(DTYPES)}"
             )
-        return np.dtype(DTYPES[code])
+        return DTYPES[code]
 
     def read_into(self, name: str, spans: tuple[range, ...], destination: np.ndarray) -> None:
         """Writes part of a tensor to an array, cast to its dtype.

@@ -41,7 +41,7 @@ def check_arrays(arrays: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]
         raise InteropError(
             f"the variables are not those of the model; they differ in {some(wrong)}"
         )
-    storable = {np.dtype(dtype) for dtype in DTYPES.values()}
+    storable = DTYPES.values()
     odd = [f"{p} is {a.dtype}" for p, a in arrays.items() if np.dtype(a.dtype) not in storable]
     if odd:
         raise InteropError(f"dtypes that cannot be stored: {some(odd)}; valid: floating point")

@@ -18,7 +18,7 @@ import flax.linen as nn
 from effjax.depth import Plain
 from effjax.ffn import Gated
 from effjax.heads import Tied, Untied
-from effjax.interop.architecture import Architecture
+from effjax.interop.architecture import Architecture, part_of
 from effjax.interop.entries import Entries
 from effjax.interop.error import InteropError
 from effjax.interop.families.windows import pattern
@@ -206,13 +206,14 @@ def _read_window(slot: Entries, entries: Entries) -> SlidingWindow:
 
 
 def _write(model: SequenceModel) -> dict[str, Any]:
+    ffn = part_of(model.ffn, Gated)
     return {
-        "activation_function": _their_activation(model.ffn.activation),
+        "activation_function": _their_activation(ffn.activation),
         "layer_norm_epsilon": model.norm.epsilon,
-        "mlp_fc1_bias": model.ffn.use_bias,
-        "mlp_fc2_bias": model.ffn.use_bias,
+        "mlp_fc1_bias": ffn.use_bias,
+        "mlp_fc2_bias": ffn.use_bias,
         "n_embd": model.d_model,
-        "n_inner": model.ffn.hidden_dim,
+        "n_inner": ffn.hidden_dim,
         "n_layer": model.num_layers,
         "n_positions": model.max_seq_len if model.embed.learned_positions else 0,
         "prenorm": model.norm_order == "pre",

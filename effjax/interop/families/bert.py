@@ -11,7 +11,7 @@ from effjax.depth import Plain
 from effjax.ffn import Dense
 from effjax.heads import Embedding
 from effjax.heads.embedding import POOLER, POOLINGS
-from effjax.interop.architecture import Architecture
+from effjax.interop.architecture import Architecture, part_of
 from effjax.interop.entries import Entries
 from effjax.interop.families.decoder import read_activation, write_activation
 from effjax.interop.table import Row, linear, norm
@@ -73,18 +73,18 @@ def _read(entries: Entries) -> TextEncoder:
     )
 
 
-def _with_pooler(model: TextEncoder, names: Container[str]) -> TextEncoder:
+def _with_pooler(model: SequenceModel, names: Container[str]) -> SequenceModel:
     has_pooler = f"{POOLER}.dense.weight" in names
     return model.clone(head=model.head.clone(pooler=True)) if has_pooler else model
 
 
 def _write(model: SequenceModel) -> dict[str, Any]:
-    pooling = model.head.pooling
+    ffn, pooling = part_of(model.ffn, Dense), model.head.pooling
     return {
         **({} if pooling == "mean" else {"pooling": pooling}),
-        "hidden_act": write_activation(model.ffn.activation),
+        "hidden_act": write_activation(ffn.activation),
         "hidden_size": model.d_model,
-        "intermediate_size": model.ffn.hidden_dim,
+        "intermediate_size": ffn.hidden_dim,
         "layer_norm_eps": model.norm.epsilon,
         "max_position_embeddings": model.max_seq_len,
         "num_attention_heads": model.mixers[0].num_heads,

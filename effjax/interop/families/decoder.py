@@ -5,7 +5,9 @@ from typing import Any
 import flax.linen as nn
 
 from effjax.depth import Plain
+from effjax.ffn import Gated, TopK
 from effjax.heads import Tied, Untied
+from effjax.interop.architecture import part_of
 from effjax.interop.entries import Entries
 from effjax.interop.families.rope import write_rope
 from effjax.interop.table import Row, linear
@@ -106,12 +108,12 @@ def read_decoder(
     )
 
 
-def write_decoder(model: SequenceModel) -> dict[str, Any]:
-    """The entries of `read_attention` and `read_decoder`."""
-    attention = model.mixers[0]
+def write_decoder(model: SequenceModel, ffn: Gated | TopK) -> dict[str, Any]:
+    """The entries of `read_attention` and `read_decoder`; `ffn` is that of the model."""
+    attention = part_of(model.mixers[0], Attention)
     return {
         "head_dim": attention.head_dim,
-        "hidden_act": write_activation(model.ffn.activation),
+        "hidden_act": write_activation(ffn.activation),
         "hidden_size": model.d_model,
         "max_position_embeddings": model.max_seq_len,
         "num_attention_heads": attention.num_heads,

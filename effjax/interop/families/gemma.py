@@ -4,11 +4,12 @@ Gemma 2 and 3 have a second norm behind mixer and feed-forward, and windows in m
 normalises queries and keys instead, and its windows have rotary frequencies of their own.
 """
 
+import functools
 from typing import Any
 
 from effjax.ffn import Gated
 from effjax.heads import Tied, Untied
-from effjax.interop.architecture import Architecture
+from effjax.interop.architecture import Architecture, part_of
 from effjax.interop.entries import Entries
 from effjax.interop.families.decoder import (
     BLOCK,
@@ -84,12 +85,13 @@ def _windowed(
 
 
 def _write(model: SequenceModel) -> dict[str, Any]:
-    written = write_decoder(model)
+    ffn = part_of(model.ffn, Gated)
+    written = write_decoder(model, ffn)
     return {
         **written,
         "attention_bias": model.mixers[0].qkv_bias,
         "hidden_activation": written["hidden_act"],
-        "intermediate_size": model.ffn.hidden_dim,
+        "intermediate_size": ffn.hidden_dim,
     }
 
 
@@ -141,8 +143,7 @@ def _read_gemma3(entries: Entries) -> DecoderLM:
     period = entries.size("_sliding_window_pattern", 6)
     period = entries.size("sliding_window_pattern", period)
     older = [SLIDING if (i + 1) % period else FULL for i in range(_layers(entries))]
-    far, near = _ropes(entries)
-    far, near = attention.clone(**far), attention.clone(**near)
+    far, near = (attention.clone(**rope) for rope in _ropes(entries))
     mixers = _windowed(entries, read_layer_types(entries, older), far, near)
     return _decoder(entries, mixers, "sandwich")
 
@@ -151,8 +152,8 @@ def _ropes(entries: Entries) -> tuple[dict[str, Any], dict[str, Any]]:
     """The rotary fields of the layers that see everything, and of the others."""
     nested = entries.get("rope_parameters", dict | None, None) or {}
     if FULL not in nested:
-        near = {"rope_base": entries.get("rope_local_base_freq", float, 10_000.0)}
-        return read_rope(entries, theta=1e6), near
+        local = {"rope_base": entries.get("rope_local_base_freq", float, 10_000.0)}
+        return read_rope(entries, theta=1e6), local
     far, near = (
         Entries({"rope_parameters": nested[kind]}, f"{entries.where}: {kind}")
         for kind in (FULL, SLIDING)
@@ -166,33 +167,33 @@ def _write_gemma3(model: SequenceModel) -> dict[str, Any]:
     types = write_layer_types(model)["layer_types"]
     return {
         **_write_windowed(model),
-        **write_rope(far),
+        **write_rope(part_of(far, Attention)),
         "rope_local_base_freq": near.rope_base,
         # For versions of transformers that know no `layer_types`.
         "sliding_window_pattern": types.index(FULL) + 1 if FULL in types else len(types) + 1,
     }
 
 
-_COMMON = {"parts": {**PARTS, "ffn": (Gated,), "embed": (TokenEmbedding,)}, "unused": UNUSED}
+_architecture = functools.partial(
+    Architecture,
+    parts={**PARTS, "ffn": (Gated,), "embed": (TokenEmbedding,)},
+    unused=UNUSED,
+)
 
 ARCHITECTURES = (
-    Architecture(
-        "GemmaForCausalLM", "gemma", table=_GEMMA, read=_read_gemma, write=_write, **_COMMON
-    ),
-    Architecture(
+    _architecture("GemmaForCausalLM", "gemma", table=_GEMMA, read=_read_gemma, write=_write),
+    _architecture(
         "Gemma2ForCausalLM",
         "gemma2",
         table=_GEMMA2,
         read=_read_gemma2,
         write=_write_windowed,
-        **_COMMON,
     ),
-    Architecture(
+    _architecture(
         "Gemma3ForCausalLM",
         "gemma3_text",
         table=_GEMMA2,
         read=_read_gemma3,
         write=_write_gemma3,
-        **_COMMON,
     ),
 )

@@ -5,7 +5,7 @@ from typing import Any
 from effjax.depth import Plain
 from effjax.ffn import Dense
 from effjax.heads import Tied, Untied
-from effjax.interop.architecture import Architecture
+from effjax.interop.architecture import Architecture, part_of
 from effjax.interop.entries import Entries
 from effjax.interop.families.decoder import read_activation, write_activation
 from effjax.interop.table import Row, linear, norm
@@ -68,12 +68,13 @@ def _read(entries: Entries) -> DecoderLM:
 
 
 def _write(model: SequenceModel) -> dict[str, Any]:
+    ffn = part_of(model.ffn, Dense)
     return {
-        "activation_function": write_activation(model.ffn.activation),
+        "activation_function": write_activation(ffn.activation),
         "layer_norm_epsilon": model.norm.epsilon,
         "n_embd": model.d_model,
         "n_head": model.mixers[0].num_heads,
-        "n_inner": model.ffn.hidden_dim,
+        "n_inner": ffn.hidden_dim,
         "n_layer": model.num_layers,
         "n_positions": model.max_seq_len,
         "tie_word_embeddings": isinstance(model.head, Tied),

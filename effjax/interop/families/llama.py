@@ -4,10 +4,11 @@ All are `transformer`: RMSNorm, rotary grouped-query attention, SwiGLU. They dif
 queries and keys.
 """
 
+import functools
 from typing import Any
 
 from effjax.ffn import Gated
-from effjax.interop.architecture import Architecture
+from effjax.interop.architecture import Architecture, part_of
 from effjax.interop.entries import Entries
 from effjax.interop.families.decoder import (
     FEED_FORWARD,
@@ -31,7 +32,8 @@ def _feed_forward(entries: Entries, use_bias: bool = False) -> Gated:
 
 
 def _write(model: SequenceModel) -> dict[str, Any]:
-    return {**write_decoder(model), "intermediate_size": model.ffn.hidden_dim}
+    ffn = part_of(model.ffn, Gated)
+    return {**write_decoder(model, ffn), "intermediate_size": ffn.hidden_dim}
 
 
 def read_llama(entries: Entries) -> DecoderLM:
@@ -44,8 +46,11 @@ def read_llama(entries: Entries) -> DecoderLM:
 
 def write_llama(model: SequenceModel) -> dict[str, Any]:
     """The entries of `read_llama`."""
-    biases = {"attention_bias": model.mixers[0].qkv_bias, "mlp_bias": model.ffn.use_bias}
-    return {**_write(model), **biases}
+    return {
+        **_write(model),
+        "attention_bias": model.mixers[0].qkv_bias,
+        "mlp_bias": part_of(model.ffn, Gated).use_bias,
+    }
 
 
 def _read_mistral(entries: Entries) -> DecoderLM:
@@ -87,13 +92,16 @@ def _write_qwen3(model: SequenceModel) -> dict[str, Any]:
     return {**_write_qwen2(model), "attention_bias": model.mixers[0].qkv_bias}
 
 
-_COMMON = {"table": (*TABLE, *FEED_FORWARD), "parts": {**PARTS, "ffn": (Gated,)}, "unused": UNUSED}
+_architecture = functools.partial(
+    Architecture,
+    table=(*TABLE, *FEED_FORWARD),
+    parts={**PARTS, "ffn": (Gated,)},
+    unused=UNUSED,
+)
 
 ARCHITECTURES = (
-    Architecture("LlamaForCausalLM", "llama", read=read_llama, write=write_llama, **_COMMON),
-    Architecture(
-        "MistralForCausalLM", "mistral", read=_read_mistral, write=_write_mistral, **_COMMON
-    ),
-    Architecture("Qwen2ForCausalLM", "qwen2", read=_read_qwen2, write=_write_qwen2, **_COMMON),
-    Architecture("Qwen3ForCausalLM", "qwen3", read=_read_qwen3, write=_write_qwen3, **_COMMON),
+    _architecture("LlamaForCausalLM", "llama", read=read_llama, write=write_llama),
+    _architecture("MistralForCausalLM", "mistral", read=_read_mistral, write=_write_mistral),
+    _architecture("Qwen2ForCausalLM", "qwen2", read=_read_qwen2, write=_write_qwen2),
+    _architecture("Qwen3ForCausalLM", "qwen3", read=_read_qwen3, write=_write_qwen3),
 )

@@ -4,10 +4,11 @@ They differ from the dense models in the feed-forward alone, `TopK` without drop
 the weights of the chosen experts are renormalised and in what every token passes beside them.
 """
 
+import functools
 from typing import Any
 
 from effjax.ffn import TopK
-from effjax.interop.architecture import Architecture
+from effjax.interop.architecture import Architecture, part_of
 from effjax.interop.entries import Entries
 from effjax.interop.families.decoder import (
     BLOCK,
@@ -68,12 +69,13 @@ def _mixture(entries: Entries, width: str, aux_weight: float, **fields: Any) -> 
 
 
 def _write(model: SequenceModel, width: str) -> dict[str, Any]:
+    ffn = part_of(model.ffn, TopK)
     return {
-        **write_decoder(model),
-        width: model.ffn.hidden_dim,
-        "num_experts": model.ffn.num_experts,
-        "num_experts_per_tok": model.ffn.top_k,
-        "router_aux_loss_coef": model.ffn.balance_weight,
+        **write_decoder(model, ffn),
+        width: ffn.hidden_dim,
+        "num_experts": ffn.num_experts,
+        "num_experts_per_tok": ffn.top_k,
+        "router_aux_loss_coef": ffn.balance_weight,
     }
 
 
@@ -114,7 +116,7 @@ def _write_olmoe(model: SequenceModel) -> dict[str, Any]:
     return {
         **_write(model, "intermediate_size"),
         "attention_bias": model.mixers[0].qkv_bias,
-        "norm_topk_prob": model.ffn.renormalise,
+        "norm_topk_prob": part_of(model.ffn, TopK).renormalise,
     }
 
 
@@ -145,9 +147,9 @@ def _write_qwen2_moe(model: SequenceModel) -> dict[str, Any]:
     return {
         **_write(model, "moe_intermediate_size"),
         **write_qwen_windows(model),
-        "norm_topk_prob": model.ffn.renormalise,
+        "norm_topk_prob": part_of(model.ffn, TopK).renormalise,
         "qkv_bias": model.mixers[0].qkv_bias,
-        "shared_expert_intermediate_size": model.ffn.shared_hidden_dim,
+        "shared_expert_intermediate_size": part_of(model.ffn, TopK).shared_hidden_dim,
     }
 
 
@@ -175,43 +177,39 @@ def _write_qwen3_moe(model: SequenceModel) -> dict[str, Any]:
     return {
         **_write(model, "moe_intermediate_size"),
         "attention_bias": model.mixers[0].qkv_bias,
-        "norm_topk_prob": model.ffn.renormalise,
+        "norm_topk_prob": part_of(model.ffn, TopK).renormalise,
     }
 
 
-_COMMON = {"parts": {**PARTS, "ffn": (TopK,)}, "unused": UNUSED}
+_architecture = functools.partial(Architecture, parts={**PARTS, "ffn": (TopK,)}, unused=UNUSED)
 
 ARCHITECTURES = (
-    Architecture(
+    _architecture(
         "MixtralForCausalLM",
         "mixtral",
         table=_MIXTRAL,
         read=_read_mixtral,
         write=_write_mixtral,
-        **_COMMON,
     ),
-    Architecture(
+    _architecture(
         "OlmoeForCausalLM",
         "olmoe",
         table=_OTHERS,
         read=_read_olmoe,
         write=_write_olmoe,
-        **_COMMON,
     ),
-    Architecture(
+    _architecture(
         "Qwen3MoeForCausalLM",
         "qwen3_moe",
         table=_OTHERS,
         read=_read_qwen3_moe,
         write=_write_qwen3_moe,
-        **_COMMON,
     ),
-    Architecture(
+    _architecture(
         "Qwen2MoeForCausalLM",
         "qwen2_moe",
         table=_OTHERS,
         read=_read_qwen2_moe,
         write=_write_qwen2_moe,
-        **_COMMON,
     ),
 )

@@ -63,10 +63,11 @@ def _read(entries: Entries) -> DecoderLM:
     sharing = recursive.get("sharing", str)
     if not recursive.only("ln_share", True, False):
         sharing = _OWN.get(sharing, sharing)
-    depth = Recursive(recursive.size("num_recursion"), sharing)
+    every_recursion = Recursive(recursive.size("num_recursion"), sharing)
+    depth: Recursive | MixtureOfRecursions = every_recursion
     shares_kv = kv_sharing.get("enable", bool, False)
     if mor.get("enable", bool, False):
-        depth = _read_routing(mor, depth, shares_kv)
+        depth = _read_routing(mor, every_recursion, shares_kv)
     elif shares_kv:
         raise InteropError(f"{kv_sharing.where}: enable=True without routing; valid: False")
     kv_sharing.only("update_cache", False)
@@ -86,6 +87,7 @@ def _read_routing(mor: Entries, depth: Recursive, shares_kv: bool) -> MixtureOfR
         "gating": within.only("gating", "weighted", "additive"),
         "z_weight": mor.get("z_coeff", float, 0.0) if mor.get("z_loss", bool, False) else 0.0,
     }
+    routing: ExpertChoice | TokenChoice
     if kind == "expert":
         routing = _read_expert_choice(mor, within, common)
         first, *_ = routing.capacities_now(depth.num_recursions)
