@@ -13,7 +13,7 @@ from effjax import data, models, optim, registry
 from effjax.evaluation.cost import measure_memory
 from effjax.training import config as configs
 from effjax.training import lowering, planning, sharding
-from effjax.training.planning import report
+from effjax.training.planning import report, topologies
 from effjax.training.state import initialise, initialiser
 from pallas_kernels import topology
 
@@ -179,6 +179,69 @@ def test_on_tpus_a_scanned_step_has_the_products_of_an_unrolled_one():
     assert scanned.work.matmul_flops * 4 == pytest.approx(scanned.model_flops, rel=0.5)
     assert {tuple(row["axes"]) for row in scanned.work.collectives} == {("fsdp",)}
     assert scanned.memory.parameters < unrolled.memory.total < scanned.memory.capacity
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize("what", ["optimizer", "activations"])
+def test_what_is_kept_by_the_hosts_passes_their_links(what):
+    """There and back at each step, which takes longer for it."""
+    plans = []
+    for is_offloaded in (False, True):
+        config = configs.default("transformer", num_layers=4, scan_layers=True, remat="dots")
+        config.data.update(batch_size=16, seq_len=256)
+        config.mesh.update(data=1, fsdp=4)
+        if is_offloaded and what == "optimizer":
+            config.training.offload_optimizer = True
+        elif is_offloaded:
+            config.model.remat = "offload"
+        plans.append(planning.plan(config, "v5e:2x2"))
+    here, there = plans
+    assert here.work.to_host_bytes == here.work.from_host_bytes == here.memory.host == 0
+    # Tiles of the memory pad what lies there, and not what is sent.
+    passed = there.work.to_host_bytes
+    assert there.work.from_host_bytes == passed > 0.5 * there.memory.host > 0
+    if what == "optimizer":
+        assert passed == pytest.approx(here.memory.optimizer, rel=1e-3)
+    assert there.pace.roofs["host link"] == passed / topologies.HOST_LINKS["v5e"]
+    assert there.pace.times.host > 0 == here.pace.times.host
+    assert there.pace.seconds > here.pace.seconds
+
+
+@pytest.mark.slow
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [("transformer", {"context": 4}), ("mamba2", {"context": 2, "data": 2})],
+)
+def test_rows_that_tpus_share_pass_keys_or_states_along_the_row(name, axes):
+    """Around the ring or down the line, forward and backward, in every layer."""
+    config = configs.default(name, num_layers=2, scan_layers=True)
+    config.data.update(batch_size=8, seq_len=1024)
+    config.model.max_seq_len = 1024
+    config.mesh.update({"data": 1} | axes)
+    plan = planning.plan(config, "v5e:2x2")
+    passed = [x for x in plan.work.collectives if x["kind"] == "collective-permute"]
+    assert {tuple(x["axes"]) for x in passed} == {("context",)}
+    assert sum(x["times"] for x in passed) >= 2 * config.model.num_layers
+    assert plan.pace.roofs["network"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not topology.is_available("gpu"), reason="needs JAX's CUDA plugin")
+def test_a_plan_for_gpus_that_are_described():
+    """Two hosts of two: between hosts is a network, and what is exchanged with them takes its time."""
+    config = configs.default("transformer", num_layers=2, scan_layers=True)
+    config.data.update(batch_size=8, seq_len=256)
+    config.mesh.update(data=2, fsdp=2)
+    plan = planning.plan(config, "h100:2x2")
+    assert plan.num_chips == 4
+    assert plan.memory.fits and 0 < plan.memory.total < plan.memory.capacity
+    assert {axis for row in plan.work.collectives for axis in row["axes"]} == {"data", "fsdp"}
+    # Nothing estimates cycles, so that a step takes at least what its operations and bytes do.
+    assert not plan.pace.is_estimate
+    assert plan.verdict.startswith("fits") and "at least" in plan.verdict
+    assert plan.work.matmul_flops * 4 == pytest.approx(plan.model_flops, rel=0.5)
 
 
 @pytest.mark.slow
