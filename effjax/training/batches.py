@@ -42,18 +42,19 @@ class Share:
         process = jax.process_index() if process is None else process
         where = sharding.batch_sharding(mesh)
         held = {number: np.zeros(batch_size, bool) for number in range(jax.process_count())}
-        for device, (rows, *_) in where.devices_indices_map((batch_size,)).items():
-            held[device.process_index][rows] = True
+        for device, (part, *_) in where.devices_indices_map((batch_size,)).items():
+            held[device.process_index][part] = True  # type: ignore[attr-defined] # `Device` is no type in JAX's hints
         idle = [number for number, rows in held.items() if not rows.any()]
         if idle:
             raise ValueError(
                 f"mesh: {dict(mesh.shape)} has {mesh.size} of the {jax.device_count()} devices, and none of process "
                 f"{idle[0]}; valid: sizes whose product is {jax.device_count()}"
             )
-        before = np.any([held[number] for number in range(process)] or [[False]], axis=0)
+        before = np.zeros(batch_size, bool)
+        for number in range(process):
+            before |= held[number]
         rows = np.flatnonzero(held[process])
-        counted = np.broadcast_to(~before, batch_size)[rows]
-        return cls(where, batch_size, rows, counted)
+        return cls(where, batch_size, rows, counted=~before[rows])
 
     def counted_rows(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Those rows of this process's part of a batch that it counts for all."""

@@ -41,8 +41,11 @@ def draw(
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.subplots()
     for name, color, points in curves:
-        style = {"marker": "o", "markersize": 4} if name == "held out" or len(points) == 1 else {}
-        axes.plot(*zip(*points, strict=True), color=color, label=name, linewidth=1.5, **style)
+        marker = "o" if name == "held out" or len(points) == 1 else None
+        steps, values = zip(*points, strict=True)
+        axes.plot(
+            steps, values, color=color, label=name, linewidth=1.5, marker=marker, markersize=4
+        )
     for name, level in (baselines or {}).items():
         axes.axhline(level, color=_BASELINE, linestyle="--", linewidth=1)
         axes.annotate(

@@ -100,13 +100,13 @@ def _lost_processes_named() -> Iterator[None]:
 def _check(
     coordinator_address: str | None, num_processes: int | None, process_id: int | None
 ) -> None:
-    given = (coordinator_address, num_processes, process_id)
-    if given == (None, None, None):
+    if coordinator_address is None and num_processes is None and process_id is None:
         return
-    missing = [name for name, value in zip(_FIELDS, given, strict=True) if value is None]
-    if missing:
+    if coordinator_address is None or num_processes is None or process_id is None:
+        given = zip(_FIELDS, (coordinator_address, num_processes, process_id), strict=True)
+        missing = next(name for name, value in given if value is None)
         raise ValueError(
-            f"distributed.{missing[0]} is missing; valid: all of {_names()}, or none on a cluster that JAX knows"
+            f"distributed.{missing} is missing; valid: all of {_names()}, or none on a cluster that JAX knows"
         )
     host, _, port = coordinator_address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:

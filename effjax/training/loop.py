@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -82,6 +81,12 @@ class Run:
       share: which rows of each batch this process makes.
     """
 
+    state: TrainState
+    step: int
+    progress: Progress
+    _saved_step: int | None  # of the newest checkpoint
+    _heldout: tuple[int | None, float]  # the step at which it was measured last, and the loss
+
     def __init__(self, config: Mapping[str, Any], workdir: Path, mesh: Mesh, screen: Screen):
         """Builds the parts, and restores the newest checkpoint or initialises.
 
@@ -122,7 +127,7 @@ class Run:
         self._iterator.close()
 
     @property
-    def current_model(self) -> nn.Module:
+    def current_model(self) -> models.SequenceModel:
         """The model at the present step."""
         return self.model.at_step(self.step)
 
@@ -314,14 +319,14 @@ class Run:
         if restored is None:
             shardings = jax.tree.map(lambda x: x.sharding, abstract)
             params = initial.parameters(self.config, self.model, shardings.params, self.mesh)
-            self.state: TrainState = initialise(init, shardings, params)
+            self.state = initialise(init, shardings, params)
             self.progress = Progress()
         else:
             self.state, progress = restored
             self.progress = Progress.from_json(progress)
         self.step = int(self.state.step)
         self._saved_step = None if restored is None else self.step
-        self._heldout: tuple[int | None, float] = (None, float("nan"))
+        self._heldout = (None, float("nan"))
 
     def _data(self, split: str) -> data.DataIterator:
         return data.build(self.config["data"], split=split, rows=self.share.rows.tolist())

@@ -4,6 +4,7 @@ Parameters are plain arrays; a table from parameter paths to logical axes says w
 from logical to mesh axes says how each meaning is split. The compiler derives the rest.
 """
 
+import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -138,7 +139,8 @@ def abstract_state(init: Callable[[], Any], mesh: Mesh, offload_optimizer: bool 
     state = jax.tree.map(_typed, shapes, state_shardings(shapes, mesh))
     if not offload_optimizer:
         return state
-    return state.replace(opt_state=jax.tree.map(_on_host, state.opt_state))
+    opt_state = jax.tree.map(_on_host, state.opt_state)
+    return dataclasses.replace(state, opt_state=opt_state)
 
 
 def _typed(shape: jax.ShapeDtypeStruct, where: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -160,7 +162,7 @@ def parameter_spec(path: str, shape: tuple[int, ...], mesh: Mesh) -> PartitionSp
     leading = [None] * (len(shape) - len(logical))
     if logical and len(leading) == 1 and pytree.matches(_OF_LAYERS, path):
         leading = [rules["stage"]]
-    spec = leading + [rules.get(axis) for axis in logical]
+    spec = leading + [None if axis is None else rules.get(axis) for axis in logical]
     for i, axis in enumerate(spec):
         if axis is not None and shape[i] % mesh.shape[axis]:
             if shape[i] > 1:

@@ -1,5 +1,6 @@
 """One optimizer update as a pure function of (state, batch)."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -58,13 +59,14 @@ def make_train_step(
         if ema_decay is not None:
             ema = optax.incremental_update(params, ema, 1.0 - ema_decay)
         metrics["grad_norm"] = optax.tree.norm(grads)
-        updated = state.replace(params=params, opt_state=opt_state, ema=ema)
+        updated = dataclasses.replace(state, params=params, opt_state=opt_state, ema=ema)
         if skip_nonfinite:
             norms = jnp.stack([metrics["loss"], metrics["grad_norm"], optax.tree.norm(updates)])
             is_finite = jnp.all(jnp.isfinite(norms))
             updated = jax.tree.map(functools.partial(jnp.where, is_finite), updated, state)
             metrics["skipped"] = 1 - is_finite.astype(jnp.float32)
-        return _like(given, updated.replace(step=state.step + 1)), metrics
+        updated = dataclasses.replace(updated, step=state.step + 1)
+        return _like(given, updated), metrics
 
     return step
 
