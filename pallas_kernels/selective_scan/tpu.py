@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.dispatch import target
 from pallas_kernels.residuals import keep
 from pallas_kernels.selective_scan import tpu_backward
-from pallas_kernels.selective_scan.tpu_blocks import LANES, block_channels
+from pallas_kernels.selective_scan.tpu_blocks import LANES, block_channels, chunk_tokens
 from pallas_kernels.selective_scan.tpu_tile import (
     LOG2_E,
     STEP,
@@ -37,7 +37,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
 )
 from pallas_kernels.varying import interpreter, shaped_like
 
-# A chunk of states, [128, N, channels], has to fit into VMEM.
+# A chunk of states has to fit into VMEM.
 MOST_STATES = 64
 
 
@@ -77,7 +77,14 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
         states=A.shape[0],
         dtype=u.dtype.name,
     )
-    y, state = _scan(Spec(block, interpreter(interpret, u)), u, delta, A, B, C, D, z, resets, state)
+    chunk = chunk_tokens(
+        target().device_kind,
+        time=u.shape[1],
+        block_states=block * A.shape[0],
+        dtype=u.dtype.name,
+    )
+    spec = Spec(block, chunk, interpreter(interpret, u))
+    y, state = _scan(spec, u, delta, A, B, C, D, z, resets, state)
     return y[:, :time, :channels], state[:, :states, :channels].swapaxes(1, 2)
 
 
@@ -170,4 +177,4 @@ def _kernel(
                 total *= jax.nn.silu(z[tokens, part].astype(jnp.float32))
             y[tokens, part] = total.astype(y.dtype)
 
-    for_each_step(prepare, advance)
+    for_each_step(spec, prepare, advance)

@@ -164,7 +164,7 @@ def _walk(
             to_C += dot(d_read.astype(dtype), passed, LAST)
         d_C[tokens] = of_own(to_C, dtype)
 
-    for_each_step(prepare, advance)
+    for_each_step(spec, prepare, advance)
 
 
 def _walk_back(
@@ -210,7 +210,7 @@ def _walk_back(
             d_delta[tokens, part] = to_delta.astype(d_delta.dtype)
         d_B[tokens] = of_own(to_B, dtype)
 
-    for_each_step(prepare, advance, reverse=True)
+    for_each_step(spec, prepare, advance, reverse=True)
 
 
 def _wide(x):

@@ -1,4 +1,4 @@
-"""How many channels of the selective scan a TPU core takes at a time."""
+"""How much of the selective scan a TPU core takes at a time."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from pallas_kernels.blocks import Shape, Sizes, Table
 LANES = 128
 # The more channels, the more share the columns of B and C; of 1024 the code is long enough.
 MOST_CHANNELS = 1024
-# Channels x states of a block: the backward has a chunk of its states, [128, N, channels], in VMEM.
+# Channels x states of a block in a chunk of 128 tokens: the backward has all of these states in VMEM.
 MOST_STATES = 2**15
 
 
@@ -27,6 +27,19 @@ TABLE = Table(
     sizes=("channels",),
     flaw=_flaw,
 )
+
+
+def chunk_tokens(device_kind: str, *, time: int, block_states: int, dtype: str) -> int:
+    """Tokens a chunk: of two registers these share what a grid step begins with, but by the schedules not on v6e.
+
+    Args:
+        device_kind: as `jax.Device.device_kind` says.
+        time: T, filled up to a multiple of 128.
+        block_states: channels x states of a block.
+        dtype: of u.
+    """
+    fits = dtype == "bfloat16" and 2 * block_states <= MOST_STATES
+    return 2 * LANES if fits and time % (2 * LANES) == 0 and "v6" not in device_kind else LANES
 
 
 def block_channels(device_kind: str, *, time: int, channels: int, states: int, dtype: str) -> int:

@@ -24,8 +24,7 @@ LAST = ((1,), (1,))
 # Tokens of a step of the loops: the rows of a bfloat16 register.
 STEP = 16
 LOG2_E = 1.4426950408889634
-# A chunk of states in the backward is 8 MiB at N = 16 and 1024 channels and 17 MiB at the most; blocks and rows of the
-# chunk take 9.
+# A chunk of states in the backward is 17 MiB at the most; blocks and rows of the chunk take 9.
 VMEM_LIMIT = 32 * 2**20
 # Channels whose states are in registers together.
 MOST_IN_REGISTERS = 2 * LANES
@@ -37,14 +36,13 @@ class Spec:
 
     Attributes:
         channels: channels a block, a multiple of 128.
+        chunk: tokens a grid step, a multiple of 128: B and C have tokens on lanes.
         interpret: as `pallas_call` has it.
     """
 
     channels: int
+    chunk: int
     interpret: object
-
-    # Tokens a chunk: B and C have tokens on lanes.
-    chunk = LANES
 
     @property
     def parts(self) -> list[slice]:
@@ -84,14 +82,14 @@ def step_tokens(index):
     return pl.ds(pl.multiple_of(STEP * index, STEP), STEP)
 
 
-def for_each_step(prepare, advance, *, reverse: bool = False) -> None:
+def for_each_step(spec: Spec, prepare, advance, *, reverse: bool = False) -> None:
     """Takes the steps of a chunk through two stages, each called with the number of a step and a slot, 0 or 1 in turn,
     for what the first leaves to the second.
 
     A step is prepared before the one ahead of it advances, since columns take long to come to their lanes. Four steps
     of the loop are unrolled: at its end the last products are waited for.
     """
-    count = LANES // STEP
+    count = spec.chunk // STEP
 
     def number(i):
         return count - 1 - i if reverse else i
@@ -178,5 +176,11 @@ def columns(ref, index):
 
     A rotation by a number brings them to fixed lanes.
     """
-    rotated = pltpu.roll(ref[...], (LANES - STEP * index) % LANES, axis=1)
+    register = ref[...]
+    if ref.shape[1] > LANES:
+        # As shifts: divisions would be waited for.
+        bits = (LANES // STEP).bit_length() - 1
+        first, index = (index >> bits) * LANES, index & ((1 << bits) - 1)
+        register = ref[:, pl.ds(pl.multiple_of(first, LANES), LANES)]
+    rotated = pltpu.roll(register, (LANES - STEP * index) % LANES, axis=1)
     return jnp.stack([jnp.broadcast_to(rotated[:, j : j + 1], rotated.shape) for j in range(STEP)])
