@@ -1,13 +1,13 @@
-"""What the forward and backward TPU kernels share: the static specification, layouts in HBM, and one tile of logits.
+"""What the forward and backward TPU kernels share: the static specification, one tile of logits, and the call.
 
-Inside, q is [B, Hkv, tiles, G, queries, D]: contiguous are the queries of a tile, of all G heads that share a key head.
-k is [B, Hkv, Tk, D], and the statistics of the queries are [B, Hkv, tiles, G, queries]. Time is padded to whole tiles.
-Logits are in base 2, whose exponential the hardware has.
+q, k and v have their heads side by side (`lanes`), and the statistics of the queries are [B, programs, heads, T]. Time
+is padded to whole tiles. Logits are in base 2, whose exponential the hardware has.
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import visits
-from pallas_kernels.attention.blocks import LANES, Blocks
+from pallas_kernels.attention.blocks import LANES, Blocks, heads_together, largest_divisor
+from pallas_kernels.attention.lanes import Heads
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens, token_rows
 
 LOG2_E = math.log2(math.e)
@@ -32,6 +33,7 @@ class Spec:
         scale: factor on the logits.
         logits_soft_cap: c of c tanh(logits / c), or None.
         blocks: lengths of the tiles.
+        heads: of a program.
         has_tokens: positions or segments come as arrays; else position is index.
         interpret: what `pallas_call` takes.
     """
@@ -40,8 +42,14 @@ class Spec:
     scale: float
     logits_soft_cap: float | None
     blocks: Blocks
+    heads: Heads
     has_tokens: bool
     interpret: Any
+
+    def together(self, itemsize: int) -> int:
+        """Blocks of q that are worked on together, if their entries are of so many bytes."""
+        room = heads_together(*self.blocks, itemsize) // self.heads.sides
+        return largest_divisor(self.heads.blocks, room)
 
 
 # One tile.
@@ -69,47 +77,81 @@ def soft_cap_slope(spec: Spec, logits):
     return 1 - jnp.square(logits * (1 / (spec.logits_soft_cap * LOG2_E)))
 
 
-def allowed(spec: Spec, query_tile, key_tile, tokens, *, queries_axis: int):
-    """Which logits of a tile count.
+class Part(NamedTuple):
+    """A part of a tile: which queries and which keys of it."""
+
+    queries: slice
+    keys: slice
+
+
+def allowed(spec: Spec, query_tile, key_tile, tokens, part: Part, *, queries_axis: int):
+    """Which logits of a part of a tile count.
 
     Args:
         spec: the specification.
         query_tile: index of the tile along the queries.
         key_tile: along the keys.
         tokens: None, or the pair of blocks int32 [1 or 2, block] of the queries and of the keys.
+        part: of the tile.
         queries_axis: 0 for a tile [queries, keys], 1 for [keys, queries].
     """
     blocks = spec.blocks
     if tokens is None:
         query_shape, key_shape = [1, 1], [1, 1]
-        query_shape[queries_axis], key_shape[1 - queries_axis] = blocks.queries, blocks.keys
+        query_shape[queries_axis] = part.queries.stop - part.queries.start
+        key_shape[1 - queries_axis] = part.keys.stop - part.keys.start
         query = jax.lax.broadcasted_iota(jnp.int32, query_shape, queries_axis)
         key = jax.lax.broadcasted_iota(jnp.int32, key_shape, 1 - queries_axis)
-        key += key_tile * blocks.keys
+        key += key_tile * blocks.keys + part.keys.start
         if spec.mask.num_keys % blocks.keys:
             key = jnp.where(key < spec.mask.num_keys, key, PADDING)
-        queries = Tokens(query + (query_tile * blocks.queries + spec.mask.offset), None)
+        first_query = query_tile * blocks.queries + part.queries.start
+        queries = Tokens(query + (first_query + spec.mask.offset), None)
         keys = Tokens(key, None)
     else:
         queries, keys = (
-            Tokens(*(_along(x[i : i + 1], axis) for i in range(len(x))), *[None] * (2 - len(x)))
-            for x, axis in zip(tokens, (queries_axis, 1 - queries_axis), strict=True)
+            Tokens(*(_along(x[i : i + 1, at], axis) for i in range(len(x))), *[None] * (2 - len(x)))
+            for x, at, axis in zip(tokens, part, (queries_axis, 1 - queries_axis), strict=True)
         )
     return spec.mask.allowed(queries, keys)
 
 
-def when_visited(spec: Spec, kind, make_mask, accumulate) -> None:
-    """Calls `accumulate` with what makes the mask of the tile, or with None where all logits count."""
+def for_each_kind(spec: Spec, tiles, kind, along: str, function) -> None:
+    """Calls `function(parts, sides, is_masked)` with the parts of the visited tile that hold something, if any do.
 
-    @pl.when(kind & visits.MASKED != 0)
-    def _():
-        accumulate(make_mask)
+    `sides` are those of the program that are key heads.
 
-    if not spec.has_tokens:
+    Args:
+        spec: the specification.
+        tiles: the static list of all visits; what is in none of them makes no code.
+        kind: of this visit.
+        along: which side the parts are of when the tile is cut, "queries" or "keys".
+        function: what to do.
+    """
+    decisive = visits.MASKED | visits.CUT | visits.EMPTY
+    is_last = pl.program_id(1) == spec.heads.programs - 1
+    programs = [(spec.heads.sides, ~is_last), (1, is_last)]
+    for variant in sorted(set((tiles.kind & decisive).tolist()) - {visits.EMPTY}):
+        parts = _parts(spec, along, variant & visits.CUT != 0)
+        is_variant = kind & decisive == variant
+        for sides, here in programs if spec.heads.is_odd else [(spec.heads.sides, True)]:
+            pl.when(is_variant & here)(
+                functools.partial(function, parts, sides, variant & visits.MASKED != 0)
+            )
 
-        @pl.when(kind & (visits.MASKED | visits.EMPTY) == 0)
-        def _():
-            accumulate(None)
+
+def _parts(spec: Spec, along: str, is_cut: bool) -> list[Part]:
+    queries, keys = (slice(0, size) for size in spec.blocks)
+    if not is_cut:
+        return [Part(queries, keys)]
+    lower, upper = (Part(*halves) for halves in zip(*map(_halves, spec.blocks), strict=True))
+    if along == "queries":
+        return [lower, Part(upper.queries, keys)]
+    return [Part(queries, lower.keys), upper]
+
+
+def _halves(size: int) -> tuple[slice, slice]:
+    return slice(0, size // 2), slice(size // 2, size)
 
 
 def _along(row, axis: int):
@@ -126,32 +168,7 @@ def to_row(column):
     return jnp.broadcast_to(column, (column.shape[0], LANES)).T[:1]
 
 
-# Layouts in HBM.
-
-
-def heads_of_queries(spec: Spec, x, kv_heads: int):
-    """[B, Tq, H, ...] -> [B, Hkv, tiles, G, queries, ...]."""
-    x = _pad(x, 1, spec.blocks.queries)
-    batch, _, heads, *rest = x.shape
-    x = x.reshape(batch, -1, spec.blocks.queries, kv_heads, heads // kv_heads, *rest)
-    return jnp.moveaxis(x, (3, 1, 4, 2), (1, 2, 3, 4))
-
-
-def from_heads_of_queries(spec: Spec, x):
-    """[B, Hkv, tiles, G, queries, ...] -> [B, Tq, H, ...]."""
-    batch, kv_heads, tiles, group, queries, *rest = x.shape
-    x = jnp.moveaxis(x, (1, 2, 3, 4), (3, 1, 4, 2))
-    return x.reshape(batch, tiles * queries, kv_heads * group, *rest)[:, : spec.mask.num_queries]
-
-
-def heads_of_keys(spec: Spec, x):
-    """[B, Tk, Hkv, D] -> [B, Hkv, Tk padded, D]."""
-    return _pad(x, 1, spec.blocks.keys).swapaxes(1, 2)
-
-
-def from_heads_of_keys(spec: Spec, x):
-    """[B, Hkv, Tk padded, D] -> [B, Tk, Hkv, D]."""
-    return x.swapaxes(1, 2)[:, : spec.mask.num_keys]
+# The call.
 
 
 def token_arrays(spec: Spec, queries: Tokens, keys: Tokens):
@@ -165,28 +182,28 @@ def token_arrays(spec: Spec, queries: Tokens, keys: Tokens):
     )
 
 
-def _pad(x, axis: int, block: int):
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % block)
-    return jnp.pad(x, padding)
-
-
-# The call.
-
-
-def query_block(spec: Spec, group: int, dim: int | None = None) -> pl.BlockSpec:
-    """The tile [G, queries, dim] of q, or [G, queries] of a statistic, that a visit reads or writes."""
-    shape = (group, spec.blocks.queries) if dim is None else (group, spec.blocks.queries, dim)
+def query_block(spec: Spec, head_lanes: int) -> pl.BlockSpec:
+    """The tile [queries, blocks * head_lanes] of q, or of what has its shape, that a visit reads or writes."""
     return pl.BlockSpec(
-        (None, None, None, *shape),
-        lambda b, h, i, query, key, kind: (b, h, query[i], *[0] * len(shape)),
+        (None, spec.blocks.queries, spec.heads.blocks * head_lanes),
+        lambda b, h, i, query, key, kind: (b, query[i], h),
     )
 
 
-def key_block(spec: Spec, dim: int) -> pl.BlockSpec:
-    """The tile [keys, dim] of k or v that a visit reads or writes."""
-    shape = (None, None, spec.blocks.keys, dim)
-    return pl.BlockSpec(shape, lambda b, h, i, query, key, kind: (b, h, key[i], 0))
+def row_block(spec: Spec) -> pl.BlockSpec:
+    """The tile [heads, queries] of a statistic that a visit reads or writes."""
+    return pl.BlockSpec(
+        (None, None, spec.heads.queries, spec.blocks.queries),
+        lambda b, h, i, query, key, kind: (b, h, 0, query[i]),
+    )
+
+
+def key_block(spec: Spec, head_lanes: int) -> pl.BlockSpec:
+    """The tile [keys, abreast * head_lanes] of k or v that a visit reads or writes."""
+    return pl.BlockSpec(
+        (None, spec.blocks.keys, spec.heads.abreast * head_lanes),
+        lambda b, h, i, query, key, kind: (b, key[i], h),
+    )
 
 
 def token_blocks(spec: Spec, tokens):
@@ -207,23 +224,22 @@ def token_blocks(spec: Spec, tokens):
 
 
 def call(spec: Spec, kernel, tiles, arguments, in_specs, out_shape, out_specs, scratch, name):
-    """Runs `kernel` over batch x key heads x visits, of which the last axis is sequential.
-
-    `arguments[0]` is q, [B, Hkv, tiles, G, queries, D].
-    """
-    batch, kv_heads = arguments[0].shape[:2]
+    """Runs `kernel` over batch x programs of `heads` x visits, of which the last axis is sequential."""
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tiles),
-            grid=(batch, kv_heads, len(tiles.kind)),
+            grid=(arguments[0].shape[0], spec.heads.programs, len(tiles.kind)),
             in_specs=in_specs,
             out_specs=out_specs,
             scratch_shapes=scratch,
         ),
         out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+            # Of copies, whose blocks are those of `visits`: they would take a tenth of a short visit.
+            disable_bounds_checks=True,
         ),
         interpret=spec.interpret,
         name=name,

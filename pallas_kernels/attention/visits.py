@@ -9,12 +9,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pallas_kernels.attention.blocks import Blocks
+from pallas_kernels.attention.blocks import LANES, Blocks
 from pallas_kernels.attention.mask import Mask
 
 # Bits of `Visits.kind`. FIRST and LAST: of the visits that share an output block. MASKED: some of the logits are not
-# allowed. EMPTY: none is; such a visit only writes the zeros of an output block that has no other.
-FIRST, LAST, MASKED, EMPTY = 1, 2, 4, 8
+# allowed. EMPTY: none is; such a visit only writes the zeros of an output block that has no other. CUT: none of the
+# first half of the queries with the last half of the keys is. NEW: the first visit to the tile of queries, where visits
+# are by keys.
+FIRST, LAST, MASKED, EMPTY, CUT, NEW = 1, 2, 4, 8, 16, 32
 
 
 class Visits(NamedTuple):
@@ -36,7 +38,10 @@ def by_keys(mask: Mask, blocks: Blocks, needs_mask: bool) -> Visits:
     """The query tiles of key tile 0, of key tile 1, ..."""
     outer = range(0, mask.num_keys, blocks.keys)
     reach = [mask.queries_of(x, min(x + blocks.keys, mask.num_keys)) for x in outer]
-    return _visits(reach, blocks.queries, lambda i, j: (j, i), mask, blocks, needs_mask)
+    found = _visits(reach, blocks.queries, lambda i, j: (j, i), mask, blocks, needs_mask)
+    (real,) = np.nonzero(found.kind & EMPTY == 0)
+    found.kind[real[np.unique(found.query[real], return_index=True)[1]]] |= NEW
+    return found
 
 
 def ranges(visits: Visits, axis: str) -> np.ndarray:
@@ -68,6 +73,7 @@ def _visits(reach, inner_block, query_and_key, mask, blocks, needs_mask) -> Visi
             query, key = query_and_key(outer, inner)
             kind = FIRST * (inner == first) | LAST * (inner == last)
             kind |= MASKED * (needs_mask or not _is_full(mask, blocks, query, key))
+            kind |= CUT * _is_cut(mask, blocks, query, key)
             rows.append((query, key, kind))
     return Visits(*np.array(rows, np.int32).T)
 
@@ -82,3 +88,12 @@ def _is_full(mask: Mask, blocks: Blocks, query: int, key: int) -> bool:
         and (not mask.causal or last_key <= first_query)
         and (mask.window is None or last_query - first_key < mask.window)
     )
+
+
+def _is_cut(mask: Mask, blocks: Blocks, query: int, key: int) -> bool:
+    """Whether the first half of the queries sees none of the last half of the keys."""
+    if blocks.queries % (2 * LANES) or blocks.keys % (2 * LANES):
+        return False
+    first_query, first_key = query * blocks.queries, key * blocks.keys
+    _, high = mask.keys_of(first_query, first_query + blocks.queries // 2)
+    return high <= first_key + blocks.keys // 2

@@ -80,6 +80,46 @@ def test_kernel_with_every_gradient_equals_float64(rng, case, dtype):
     assert_close(make_function, inputs, cotangents, dtype, "tpu_interpret")
 
 
+# [B, T, H, Hkv, D, Dv], queries and keys of a tile, dtype and options.
+LAYOUTS = {
+    "two heads of 64 in a block, cut tiles": ((2, 300, 2, 2, 64, 64), (256, 256), "float32", {}),
+    "pairs in a program": ((1, 150, 12, 12, 64, 64), (128, 128), "bfloat16", {}),
+    "grouped heads change their half": ((1, 300, 6, 2, 40, 64), (128, 256), "float32", {}),
+    "odd heads of 64": ((1, 140, 9, 3, 64, 64), (128, 128), "float32", {"window": 100}),
+    "a loop over heads": ((1, 270, 12, 2, 64, 24), (256, 256), "float32", {"causal": False}),
+    "a loop over blocks": ((1, 300, 8, 1, 128, 128), (256, 256), "bfloat16", {}),
+    "heads of 80": ((1, 140, 4, 4, 80, 80), (128, 128), "float32", {}),
+    "heads of 128 abreast, cut tiles": ((1, 512, 2, 2, 128, 128), (256, 256), "float32", {}),
+    "heads of 256, values of 64": ((1, 140, 4, 2, 256, 64), (128, 128), "float32", {}),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    rest_slow(
+        list(LAYOUTS),
+        "two heads of 64 in a block, cut tiles",
+        "grouped heads change their half",
+    ),
+)
+def test_heads_of_any_width_and_number_side_by_side(rng, case):
+    (batch, length, heads, kv_heads, *dims), tile, dtype, options = LAYOUTS[case]
+    inputs, cotangents = random_inputs(rng, batch, length, length, heads, kv_heads, *dims)
+    inputs["q"] /= np.sqrt(dims[0])
+
+    def make_function(implementation):
+        def function(q, k, v):
+            out, lse = attention(
+                q, k, v, scale=1, **options, return_lse=True, implementation=implementation
+            )
+            return {"out": out, "lse": lse}
+
+        return function
+
+    with decided_by(lambda choice: dict(zip(("queries", "keys"), tile, strict=True))):
+        assert_close(make_function, inputs, cotangents, dtype, "tpu_interpret")
+
+
 def with_gradients(options, implementation="tpu_interpret"):
     """A function of q, k, v: out, lse and the gradients of a sum over both, in which every row counts."""
 
@@ -119,7 +159,7 @@ def test_chunks_of_queries_have_the_same_gradients(rng, monkeypatch):
     segments = tuple(random_segments(rng, 1, length) for length in (270, 400))
     options = {"window": 200, "segment_ids": segments}
     want = jax.jit(with_gradients(options))(*arrays)
-    monkeypatch.setattr(tpu_backward, "DQ_BYTES", 0)  # a chunk is one tile
+    monkeypatch.setattr(tpu_backward, "VMEM_LIMIT", 0)  # a chunk is one tile
     assert_same(jax.jit(with_gradients(options))(*arrays), want)
 
 
@@ -144,13 +184,15 @@ def test_tiles_outside_of_the_mask_are_never_visited(rng):
     assert np.all(dk[:, :256] == 0) and np.all(dv[:, :256] == 0)
 
 
-def random_mask(rng) -> tuple[Mask, blocks.Blocks, dict]:
-    """A mask, lengths of tiles, and which logits of each tile are allowed, padded keys included."""
-    num_queries, num_keys = rng.integers(1, 40, 2).tolist()
+def random_mask(rng, of=1) -> tuple[Mask, blocks.Blocks, dict]:
+    """A mask, lengths of tiles, multiples of `of`, and which logits of each are allowed, padded keys included."""
+    num_queries, num_keys = rng.integers(1, 40 if of == 1 else 4 * of, 2).tolist()
     causal = rng.random() < 0.8
-    window = int(rng.integers(1, 30)) if causal and rng.random() < 0.6 else None
+    window = (
+        int(rng.integers(1, 30 if of == 1 else 3 * of)) if causal and rng.random() < 0.6 else None
+    )
     mask = Mask(num_queries, num_keys, causal, window, is_ordered=True)
-    lengths = blocks.Blocks(*rng.integers(1, 9, 2).tolist())
+    lengths = blocks.Blocks(*(of * rng.integers(1, 9 if of == 1 else 3, 2)).tolist())
     query, key = np.mgrid[:num_queries, : -(-num_keys // lengths.keys) * lengths.keys]
     keys = Tokens(np.where(key < num_keys, key, PADDING), None)
     allowed = mask.allowed(Tokens(query + mask.offset, None), keys)
@@ -179,6 +221,22 @@ def test_visits_are_the_tiles_that_hold_something(rng, order, side):
         assert np.all(np.diff(outer) >= 0) and set(outer) == {at[side] for at in tiles}
         np.testing.assert_array_equal(kind & visits.FIRST != 0, changes[:-1])
         np.testing.assert_array_equal(kind & visits.LAST != 0, changes[1:])
+        new = [i for i, _, kind in listed.tolist() if kind & visits.NEW]
+        assert sorted(new) == (sorted({i for i, _ in seen}) if side else [])
+
+
+def test_a_tile_is_cut_where_a_quarter_of_it_is_empty(rng):
+    for _ in range(20):
+        mask, lengths, tiles = random_mask(rng, of=256)
+        query, key, kinds = visits.by_queries(mask, lengths, needs_mask=False)
+        for i, j, kind in zip(query.tolist(), key.tolist(), kinds.tolist(), strict=True):
+            if kind & visits.CUT:
+                assert kind & visits.MASKED
+                assert not tiles[i, j][: lengths.queries // 2, lengths.keys // 2 :].any()
+    causal = Mask(1024, 1024, causal=True, window=None, is_ordered=True)
+    for order in (visits.by_queries, visits.by_keys):
+        found = order(causal, blocks.Blocks(512, 512), needs_mask=True)
+        np.testing.assert_array_equal(found.kind & visits.CUT != 0, found.query == found.key)
 
 
 def test_under_vmap_and_remat(rng):
