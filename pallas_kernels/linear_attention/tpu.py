@@ -193,7 +193,8 @@ def _call(spec, kernel, inputs, outputs, carry, reverse=False):
     """
     batch, _, time = _sizes(spec, inputs[2][0])
     steps, sizes = time // spec.blocks.tokens, spec.blocks
-    rings = (2, sizes.heads, sizes.chunk // LANES, max(1, spec.features.scratch_rows), LANES)
+    ring = (sizes.chunk // LANES, max(1, spec.features.scratch_rows), LANES)
+    turn = tpu_chunk.chunks_of_turn(sizes, inputs[2][0].dtype)
 
     def block_spec(array, holds):
         if array is None:
@@ -224,7 +225,7 @@ def _call(spec, kernel, inputs, outputs, carry, reverse=False):
         out_shape=[x for x, _ in outputs],
         scratch_shapes=[
             pltpu.VMEM((sizes.heads, *carry), jnp.float32),
-            pltpu.VMEM(rings, jnp.float32),
+            pltpu.VMEM((2, turn, sizes.heads, *ring), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),

@@ -12,6 +12,9 @@ There is more to do between products than in the forward, so that heads go throu
 the products of some beside the elementwise work of others.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -21,17 +24,21 @@ from pallas_kernels.linear_attention.tpu_chunk import (
     LANES,
     PLAIN,
     ROWS,
+    ChunkMask,
+    Item,
     Spec,
     chunk_mask,
     dot,
     finish,
     first_row,
-    for_each_chunk,
+    for_each_turn,
     masked,
     operands,
     put,
+    same,
     start,
     take,
+    where_seen,
     wide,
     with_ones,
 )
@@ -61,70 +68,104 @@ def backward(
     features, heads, dtype = spec.features, range(spec.blocks.heads), v.dtype
     block = pl.num_programs(2) - 1 - pl.program_id(2)
 
-    def chunk(index, tokens):
-        mask = chunk_mask(spec, rows, tokens, block)
-        values = [with_ones(x, mask) for x in take(spec, v, tokens)]
-        queries, keys = (take(spec, x, tokens) for x in (q, k))
-        d_sums = _gradients_of_sums(spec, d_out, out, total, tokens)
-        found = {}
+    def turn(chunks):
+        @functools.cache
+        def of_chunk(place):
+            _, tokens = chunks[place]
+            mask = chunk_mask(spec, rows, tokens, block)
+            values = [with_ones(x, mask) for x in take(spec, v, tokens)]
+            queries, keys = (take(spec, x, tokens) for x in (q, k))
+            d_sums = _gradients_of_sums(spec, d_out, out, total, tokens)
+            return _Chunk(tokens, mask, queries, keys, values, d_sums, ([], [], []))
 
-        def expand(h, _):
+        def expand(item, _):
+            chunk = of_chunk(item.chunk)
+            query, key = chunk.queries[item.head], chunk.keys[item.head]
             phi_q, phi_k = (
-                features.expand(wide(x[h]), rings.at[i, h]) for i, x in enumerate((queries, keys))
+                features.expand(wide(x), rings.at[i, item.chunk, item.head])
+                for i, x in enumerate((query, key))
             )
-            left, right = operands(features, keys[h], queries[h], phi_k, phi_q, dtype)
-            phi_q, phi_k = masked(phi_q, mask.from_past), masked(phi_k, mask.to_state)
+            left, right = operands(features, key, query, phi_k, phi_q, dtype)
+            phi_q, phi_k = masked(phi_q, chunk.mask.from_past), masked(phi_k, chunk.mask.to_state)
             return left, right, phi_q.astype(dtype), phi_k.astype(dtype)
 
-        def multiply(h, expanded):
+        def multiply(item, expanded):
             left, right, phi_q, phi_k = expanded
-            products, d_weights = dot(left, right, ROWS), dot(values[h], d_sums[h], ROWS)
-            after = carry[h]
+            chunk = of_chunk(item.chunk)
+            mask, value, d_sum = chunk.mask, chunk.values[item.head], chunk.d_sums[item.head]
+            products, d_weights = dot(left, right, ROWS), dot(value, d_sum, ROWS)
+            after = carry[item.head]
             d_after = after.astype(dtype)
-            d_phi_q = masked(dot(pasts[0, h, index], d_sums[h], ROWS), mask.from_past)
-            d_phi_k = masked(dot(d_after, values[h], PLAIN), mask.to_state)
+            d_phi_q = dot(pasts[0, item.head, chunks[item.chunk][0]], d_sum, ROWS)
+            d_phi_k = dot(d_after, value, PLAIN)
             d_value = dot(d_after, phi_k, ROWS)
-            carry[h] = masked(after, mask.keeps) + dot(phi_q, d_sums[h], LANES)
+            carry[item.head] = masked(after, mask.keeps) + dot(phi_q, d_sum, LANES)
+            d_phi_q, d_phi_k = masked(d_phi_q, mask.from_past), masked(d_phi_k, mask.to_state)
             return left, right, products, d_weights, d_phi_q, d_phi_k, d_value
 
-        def weigh(h, multiplied):
+        def weigh(item, multiplied):
             left, right, products, d_weights, *others = multiplied
-            d_products = jnp.where(mask.allowed, d_weights, 0)
-            weights = products
-            if features.weigh is not None:
-                d_products *= features.slope(products)
-                weights = features.weigh(products)
+            chunk = of_chunk(item.chunk)
+            if features.weigh is None:
+                weights, d_products = (
+                    where_seen(chunk.mask, same, x) for x in (products, d_weights)
+                )
+            else:
+                weights = where_seen(chunk.mask, features.weigh, products)
+                d_products = where_seen(chunk.mask, d_product, products, d_weights)
                 # Products are of the vectors themselves.
-                left, right = keys[h], queries[h]
-            weights = jnp.where(mask.allowed, weights, 0)
+                left, right = chunk.keys[item.head], chunk.queries[item.head]
             return left, right, weights.astype(dtype), d_products.astype(dtype), *others
 
-        def multiply_weights(h, weighed):
+        def d_product(products, d_weights):
+            return d_weights * features.slope(products)
+
+        def multiply_weights(item, weighed):
             left, right, weights, d_products, d_phi_q, d_phi_k, d_value = weighed
             to_query, to_key = dot(left, d_products, PLAIN), dot(right, d_products, LANES)
-            return to_query, to_key, d_phi_q, d_phi_k, d_value + dot(d_sums[h], weights, LANES)
+            d_value += dot(of_chunk(item.chunk).d_sums[item.head], weights, LANES)
+            return to_query, to_key, d_phi_q, d_phi_k, d_value
 
-        def pull(h, multiplied):
+        def pull(item, multiplied):
             to_query, to_key, d_phi_q, d_phi_k, d_value = multiplied
-            found[h] = (
-                _pulled(features, queries[h], d_phi_q, to_query),
-                _pulled(features, keys[h], d_phi_k, to_key),
+            chunk = of_chunk(item.chunk)
+            query, key = chunk.queries[item.head], chunk.keys[item.head]
+            ring_q, ring_k = (rings.at[i, item.chunk, item.head] for i in range(2))
+            gradients = (
+                _pulled(features, query, d_phi_q, to_query, ring_q),
+                _pulled(features, key, d_phi_k, to_key, ring_k),
                 d_value[: -ones_rows(dtype)],
             )
+            for found, gradient in zip(chunk.gradients, gradients, strict=True):
+                found.append(gradient.astype(dtype))
+            if item.head == heads[-1]:
+                for ref, found in zip((dq, dk, dv), chunk.gradients, strict=True):
+                    put(spec, ref, chunk.tokens, found)
 
-        pipelined(heads, expand, multiply, weigh, multiply_weights, pull)
-        for i, ref in enumerate((dq, dk, dv)):
-            put(spec, ref, tokens, [found[h][i] for h in heads])
+        items = [Item(place, head) for place in range(len(chunks)) for head in heads]
+        pipelined(items, expand, multiply, weigh, multiply_weights, pull)
 
-    for_each_chunk(spec, dtype, chunk, reverse=True)
+    for_each_turn(spec, dtype, turn, reverse=True)
     finish(carry, d_state)
 
 
-def _pulled(features, vector, d_phi, through_weights):
+class _Chunk(NamedTuple):
+    """Of a chunk what its heads take, in lists by head, and their gradients as they come."""
+
+    tokens: pl.Slice
+    mask: ChunkMask
+    queries: list
+    keys: list
+    values: list
+    d_sums: list
+    gradients: tuple[list, list, list]
+
+
+def _pulled(features, vector, d_phi, through_weights, ring):
     """Gradient of a query or key from that of its features, and from what came through the weights."""
     if features.weigh is None:
-        return features.pull(wide(vector), d_phi + through_weights)
-    return features.pull(wide(vector), d_phi) + through_weights
+        return features.pull(wide(vector), d_phi + through_weights, ring)
+    return features.pull(wide(vector), d_phi, ring) + features.slope_scale * through_weights
 
 
 def _gradients_of_sums(spec, d_out, out, total, tokens) -> list[jax.Array]:

@@ -11,8 +11,9 @@ row of ones (so that the sum of the weights comes out beside the sum of the valu
     sums_t = Σ_s v_s w_st + S φ(q_t)
     Z = S + Σ_s v_s φ(k_s)ᵀ
 
-Heads are independent, and one product of one head waits for another: each step below is taken for all heads of a block
-before the next one, since the compiler keeps about to the order of the program. So heads fill each other's waits.
+Heads are independent, and one product of one head waits for another: heads go through the stages below behind one
+another, the products of some beside the elementwise work of others, since the compiler keeps about to the order of the
+program. So heads fill each other's waits.
 
 Everything is [rows, tokens]: tokens fill the 128 lanes whatever the head dimension, and each product takes its
 operands as they lie, but for keys and values on the left of w and dw, which the compiler transposes. Where the channels
@@ -21,6 +22,7 @@ longer.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -29,8 +31,10 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.linear_attention.tpu_blocks import LANES as REGISTER
 from pallas_kernels.linear_attention.tpu_blocks import Blocks, ones_rows
 from pallas_kernels.linear_attention.tpu_features import KernelFeatures
+from pallas_kernels.pipelined import pipelined
 
 # Contracted dimensions of a product.
 ROWS = ((0,), (0,))
@@ -76,61 +80,89 @@ def forward(spec: Spec, q, k, v, rows, state, out, total, last, pasts, carry, ri
         last: ref like `state`, after the last token.
         pasts: ref [1, H, chunks, E + ones, F], the states before the chunks; None: not wanted.
         carry: scratch float32 [H, E + ones, F].
-        rings: scratch of `KernelFeatures.expand` for queries and keys of each head.
+        rings: scratch of `KernelFeatures.expand` for queries and keys of each head of a turn's chunks.
     """
     start(carry, state)
     features, heads, dtype = spec.features, range(spec.blocks.heads), v.dtype
     block = pl.program_id(2)
 
-    def chunk(index, tokens):
-        mask = chunk_mask(spec, rows, tokens, block)
-        values = [with_ones(x, mask) for x in take(spec, v, tokens)]
-        queries, keys = (take(spec, x, tokens) for x in (q, k))
-        phi_q, phi_k = (
-            [features.expand(wide(x[h]), rings.at[i, h]) for h in heads]
-            for i, x in enumerate((queries, keys))
-        )
-        weights = []
-        for h in heads:
-            left, right = operands(features, keys[h], queries[h], phi_k[h], phi_q[h], dtype)
-            products = dot(left, right, ROWS)
-            products = products if features.weigh is None else features.weigh(products)
-            weights.append(jnp.where(mask.allowed, products, 0).astype(dtype))
-        phi_q = [masked(x, mask.from_past).astype(dtype) for x in phi_q]
-        phi_k = [masked(x, mask.to_state).astype(dtype) for x in phi_k]
-        before = [carry[h] for h in heads]
-        narrow = [x.astype(dtype) for x in before]
-        if pasts is not None:
-            for h in heads:
-                pasts[0, h, index] = narrow[h]
-        sums = [dot(narrow[h], phi_q[h], PLAIN) for h in heads]
-        sums = [sums[h] + dot(values[h], weights[h], PLAIN) for h in heads]
-        for h in heads:
-            carry[h] = masked(before[h], mask.keeps) + dot(values[h], phi_k[h], LANES)
-        dim, outputs = sums[0].shape[0] - ones_rows(dtype), []
-        for h in heads:
-            total_row = sums[h][dim : dim + 1] + features.scale * spec.eps
-            divisor = total_row if spec.normalize else features.scale
-            outputs.append(sums[h][:dim] * (1 / divisor))
-            total[0, h, :, tokens] = total_row
-        put(spec, out, tokens, outputs)
+    def turn(chunks):
+        @functools.cache
+        def of_chunk(place):
+            _, tokens = chunks[place]
+            mask = chunk_mask(spec, rows, tokens, block)
+            values = [with_ones(x, mask) for x in take(spec, v, tokens)]
+            return tokens, mask, *(take(spec, x, tokens) for x in (q, k)), values, []
 
-    for_each_chunk(spec, dtype, chunk)
+        def expand(item, _):
+            _, mask, queries, keys, *_ = of_chunk(item.chunk)
+            query, key = queries[item.head], keys[item.head]
+            phi_q, phi_k = (
+                features.expand(wide(x), rings.at[i, item.chunk, item.head])
+                for i, x in enumerate((query, key))
+            )
+            left, right = operands(features, key, query, phi_k, phi_q, dtype)
+            phi_q, phi_k = masked(phi_q, mask.from_past), masked(phi_k, mask.to_state)
+            return left, right, phi_q.astype(dtype), phi_k.astype(dtype)
+
+        def multiply(item, expanded):
+            left, right, phi_q, phi_k = expanded
+            _, mask, *_, values, _ = of_chunk(item.chunk)
+            before = carry[item.head]
+            past = before.astype(dtype)
+            if pasts is not None:
+                pasts[0, item.head, chunks[item.chunk][0]] = past
+            products, read = dot(left, right, ROWS), dot(past, phi_q, PLAIN)
+            written = dot(values[item.head], phi_k, LANES)
+            carry[item.head] = masked(before, mask.keeps) + written
+            return products, read
+
+        def weigh(item, multiplied):
+            products, read = multiplied
+            mask = of_chunk(item.chunk)[1]
+            return where_seen(mask, features.weigh or same, products).astype(dtype), read
+
+        def multiply_weights(item, weighed):
+            weights, read = weighed
+            values = of_chunk(item.chunk)[-2]
+            return read + dot(values[item.head], weights, PLAIN)
+
+        def divide(item, sums):
+            tokens, *_, outputs = of_chunk(item.chunk)
+            dim = sums.shape[0] - ones_rows(dtype)
+            total_row = sums[dim : dim + 1] + features.scale * spec.eps
+            divisor = total_row if spec.normalize else features.scale
+            total[0, item.head, :, tokens] = total_row
+            outputs.append((sums[:dim] * (1 / divisor)).astype(dtype))
+            if item.head == heads[-1]:
+                put(spec, out, tokens, outputs)
+
+        items = [Item(place, head) for place in range(len(chunks)) for head in heads]
+        pipelined(items, expand, multiply, weigh, multiply_weights, divide)
+
+    for_each_turn(spec, dtype, turn)
     finish(carry, last)
+
+
+class Item(NamedTuple):
+    """What goes through the stages: a head of a chunk, which is counted from the first of a turn."""
+
+    chunk: int
+    head: int
 
 
 class ChunkMask(NamedTuple):
     """Which tokens of a chunk meet.
 
     Attributes:
-        allowed: bool [keys, queries].
+        seen: {(i, j): bool [128 keys, 128 queries]}, or None: all of them, of tiles of registers in which any meet.
         valid: float32 [1, C], 0 past the end of the sequence.
         from_past: float32 [1, C], 1 for queries of the segment that the state before the chunk is of; None: all.
         to_state: float32 [1, C], 1 for keys of the segment that the state after it is of; None: all.
         keeps: float32 [1, 1], 1 where those two segments are one; None: 1.
     """
 
-    allowed: jax.Array
+    seen: dict[tuple[int, int], jax.Array | None]
     valid: jax.Array
     from_past: jax.Array | None = None
     to_state: jax.Array | None = None
@@ -139,17 +171,55 @@ class ChunkMask(NamedTuple):
 
 def chunk_mask(spec, rows, tokens, block) -> ChunkMask:
     length = spec.blocks.chunk
-    key, query = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    key, query = (jax.lax.broadcasted_iota(jnp.int32, (REGISTER,) * 2, axis) for axis in (0, 1))
+    in_order = key <= query
+    tiles = [(i, j) for j in range(length // REGISTER) for i in range(j + 1)]
     first = block * spec.blocks.tokens + tokens.start
     position = first + jax.lax.broadcasted_iota(jnp.int32, (1, length), 1)
     valid = (position < spec.time).astype(jnp.float32)
     if rows is None:
-        return ChunkMask(key <= query, valid)
+        return ChunkMask({(i, j): in_order if i == j else None for i, j in tiles}, valid)
     run, from_past, to_state, keeps = (rows[0, i : i + 1, tokens] for i in range(4))
     # Padding is run 0, and no query is of run -1.
-    of_keys = jnp.broadcast_to(jnp.where(run == 0, -1, run), (length, length)).T
-    allowed = (key <= query) & (of_keys == run)
-    return ChunkMask(allowed, valid, from_past, to_state, keeps[:, :1])
+    of_keys = jnp.where(run == 0, -1, run)
+    seen = {}
+    for i, j in tiles:
+        is_one = _turned(_register(of_keys, i)) == _register(run, j)
+        seen[i, j] = in_order & is_one if i == j else is_one
+    return ChunkMask(seen, valid, from_past, to_state, keeps[:, :1])
+
+
+def _register(row, i: int):
+    return row[:, i * REGISTER : (i + 1) * REGISTER]
+
+
+def _turned(row):
+    """[1, 128] -> [128, 128], the numbers of the row on sublanes."""
+    return jnp.broadcast_to(row, (REGISTER,) * 2).T
+
+
+def where_seen(mask, function, *pairs):
+    """`function` of numbers of pairs [keys, queries], and 0 for pairs that do not meet.
+
+    It is computed where any of a tile of registers meet, and masked where not all do.
+    """
+    count = pairs[0].shape[0] // REGISTER
+    columns = []
+    for j in range(count):
+        tiles = []
+        for i in range(count):
+            if (i, j) not in mask.seen:
+                tiles.append(jnp.zeros((REGISTER,) * 2, pairs[0].dtype))
+                continue
+            rows, lanes = (slice(k * REGISTER, (k + 1) * REGISTER) for k in (i, j))
+            tile, seen = function(*(x[rows, lanes] for x in pairs)), mask.seen[i, j]
+            tiles.append(tile if seen is None else jnp.where(seen, tile, 0))
+        columns.append(jnp.concatenate(tiles, axis=0))
+    return jnp.concatenate(columns, axis=1)
+
+
+def same(products):
+    return products
 
 
 def take(spec, ref, tokens) -> list:
@@ -228,17 +298,28 @@ def dot(x, y, contracted):
     )
 
 
-def for_each_chunk(spec, dtype, chunk, reverse=False) -> None:
+# Tokens that go through the stages behind one another, chunk after chunk: the code is as long.
+_TURN = 512
+
+
+def chunks_of_turn(sizes: Blocks, dtype) -> int:
+    """Chunks that fill each other's waits; products of float32, of many passes, are long enough by themselves."""
+    count = sizes.tokens // sizes.chunk
+    most = 1 if dtype == jnp.float32 else max(1, _TURN // sizes.chunk)
+    return max(n for n in range(1, most + 1) if count % n == 0)
+
+
+def for_each_turn(spec, dtype, turn, reverse=False) -> None:
+    """Calls `turn` with pairs (number of a chunk, its tokens) of some chunks in order, until all had theirs."""
     length, count = spec.blocks.chunk, spec.blocks.tokens // spec.blocks.chunk
+    together = chunks_of_turn(spec.blocks, dtype)
 
     def step(i, _):
-        i = count - 1 - i if reverse else i
-        chunk(i, pl.ds(pl.multiple_of(i * length, length), length))
+        numbers = [i * together + j for j in range(together)]
+        numbers = [count - 1 - n if reverse else n for n in numbers]
+        turn([(n, pl.ds(pl.multiple_of(n * length, length), length)) for n in numbers])
 
-    # Two chunks a step of the loop fill each other's waits. The interpreter has none, and products of float32, of many
-    # passes, are long enough.
-    unroll = 1 if spec.interpret or dtype == jnp.float32 else min(2, count)
-    jax.lax.fori_loop(0, count, step, None, unroll=unroll)
+    jax.lax.fori_loop(0, count // together, step, None)
 
 
 def start(carry, state) -> None:

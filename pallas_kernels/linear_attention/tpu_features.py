@@ -30,9 +30,10 @@ class KernelFeatures:
         dim: D, the dimensions that the kernel is given: zeros fill up those of q and k.
         num_features: F.
         expand: (x, ref of scratch float32 [C / 128, scratch_rows, 128]) -> φ(x) [F, C].
-        pull: (x, gradient of φ(x) [F, C]) -> gradient of x [D, C].
+        pull: (x, gradient of φ(x) [F, C], the ref that x was expanded with) -> gradient of x [D, C].
         weigh: q · k + offset -> φ(q) · φ(k), elementwise; None: weights are inner products of features.
-        slope: the derivative of `weigh`.
+        slope: the derivative of `weigh` over `slope_scale`.
+        slope_scale: a number.
         offset: what is wanted on top of q · k; the matrix unit adds it.
         scratch_rows: of `expand`.
         scale: φ(q) · φ(k) here over that of the public map.
@@ -45,6 +46,7 @@ class KernelFeatures:
     pull: Callable
     weigh: Callable | None = None
     slope: Callable | None = None
+    slope_scale: float = 1.0
     offset: float = 0.0
     scratch_rows: int = 0
     scale: float = 1.0
@@ -75,7 +77,7 @@ def kernel_features(feature_map: FeatureMap, dim: int) -> KernelFeatures:
         dim=dim,
         num_features=feature_map.num_features(dim),
         expand=lambda x, ring: expand(x),
-        pull=lambda x, gradient: jax.vjp(expand, x)[1](gradient)[0],
+        pull=lambda x, gradient, ring: jax.vjp(expand, x)[1](gradient)[0],
     )
 
 
@@ -93,7 +95,7 @@ def cannot_trace(feature_map: FeatureMap, dim: int) -> str | None:
 
     def kernel(x, phi, d_x):
         phi[...] = features.expand(x[...], None)
-        d_x[...] = features.pull(x[...], phi[...])
+        d_x[...] = features.pull(x[...], phi[...], None)
 
     tokens = jax.ShapeDtypeStruct((dim, LANES), jnp.float32)
     expanded = jax.ShapeDtypeStruct((features.num_features, LANES), jnp.float32)
@@ -118,37 +120,30 @@ def _taylor(dim: int) -> KernelFeatures:
     half = size // 2
     pair_scale, linear_scale, constant = 2**0.5, (4 * dim) ** 0.25, (2 * dim) ** 0.5
 
-    def ahead(x, distance):
-        """Row i of the result is row i + distance of x, on the ring."""
-        return pltpu.roll(x, size - distance, 0)
+    def ahead(ring, distance):
+        """Row i of the result is row i + distance of what `expand` put into the ring."""
+        rows = slice(distance, distance + size)
+        return jnp.concatenate([ring[i, rows] for i in range(ring.shape[0])], axis=1)
 
     def expand(x, ring):
-        registers = range(0, x.shape[1], LANES)
-        for i, first in enumerate(registers):
+        for i, first in enumerate(range(0, x.shape[1], LANES)):
             for copy in range(2):
                 ring[i, copy * size : (copy + 1) * size] = x[:, first : first + LANES]
-
-        def ahead(distance):
-            rows = slice(distance, distance + size)
-            return jnp.concatenate([ring[i, rows] for i, _ in enumerate(registers)], axis=1)
-
         scaled = x * pair_scale
-        groups = [x * x, *(scaled * ahead(distance) for distance in range(1, half))]
+        groups = [x * x, *(scaled * ahead(ring, distance) for distance in range(1, half))]
         # At distance d / 2 the second half of the ring repeats the first.
         groups += [scaled[:half] * x[half:], x * linear_scale]
         row = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, x.shape[1]), 0)
         return jnp.concatenate([*groups, jnp.where(row == 0, constant, 0.0)], axis=0)
 
-    def pull(x, gradient):
-        scaled = x * pair_scale
+    def pull(x, gradient, ring):
         opposite = gradient[half * size :][:half]
-        d_x = gradient[:size] * (2 * x)
-        d_x += gradient[half * size + half :][:size] * linear_scale
-        d_x += jnp.concatenate([opposite * scaled[half:], opposite * scaled[:half]], axis=0)
+        d_pairs = gradient[:size] * (2 / pair_scale * x)
+        d_pairs += jnp.concatenate([opposite * x[half:], opposite * x[:half]], axis=0)
         for distance in range(1, half):
             d_pair = gradient[distance * size :][:size]
-            d_x += d_pair * ahead(scaled, distance) + pltpu.roll(d_pair * scaled, distance, 0)
-        return d_x
+            d_pairs += d_pair * ahead(ring, distance) + pltpu.roll(d_pair * x, distance, 0)
+        return d_pairs * pair_scale + gradient[half * size + half :][:size] * linear_scale
 
     return KernelFeatures(
         dim=size,
@@ -156,7 +151,8 @@ def _taylor(dim: int) -> KernelFeatures:
         expand=expand,
         pull=pull,
         weigh=lambda shifted: shifted * shifted + dim,
-        slope=lambda shifted: 2 * shifted,
+        slope=lambda shifted: shifted,
+        slope_scale=2.0,
         offset=dim**0.5,
         scratch_rows=2 * size,
         scale=2.0 * dim,
