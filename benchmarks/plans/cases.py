@@ -26,7 +26,7 @@ class Case:
 
 
 # A row a chip, on any number of chips.
-_ONE_ROW = {"v5p:4x4x4": 64, "v5p:8x8x8": 512, "v5p:16x16x16": 4096}
+_ONE_ROW = {"v5p:4x4x4": 64, "v5p:4x8x8": 256, "v5p:8x8x8": 512, "v5p:16x16x16": 4096}
 
 # A matrix of 2048 rows is split in 64 and no more: of so narrow a share as 8 rows gradients would be summed whole.
 _OVER_64 = ("--config.mesh.data=-1", "--config.mesh.fsdp=64")
@@ -47,6 +47,8 @@ UTILIZATION = (
     Case("adamoe:mixtral-8x7b", "v5p:8x8x8", ("--config.model.remat=none",), 0.4),
 )
 MEMORY = tuple(
-    Case("transformer:135m", topology, _with_rows(chips)) for topology, chips in _ONE_ROW.items()
+    Case(recipe, topology, _with_rows(chips))
+    for recipe in ("transformer:135m", "mor:135m")
+    for topology, chips in _ONE_ROW.items()
 )
 CASES = {case.name: case for case in (*UTILIZATION, *MEMORY)}

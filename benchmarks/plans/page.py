@@ -7,6 +7,7 @@ from typing import Any
 from benchmarks.plans.cases import MEMORY, UTILIZATION, Case
 
 _GIB = 2**30
+_PARTS = ("parameters", "optimizer", "other", "temporaries")
 _INTRODUCTION = """\
 # Plans: the shipped recipes on machines that are not here
 
@@ -40,23 +41,30 @@ def document(plans: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def draw(plans: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """What a chip holds over the number of chips, part by part."""
+    """What a chip holds over the number of chips, part by part, of each recipe."""
     import matplotlib.pyplot as plt
 
-    known = [plans[case.name] for case in MEMORY if case.name in plans]
-    parts = ("parameters", "optimizer", "other", "temporaries")
-    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
-    axes.stackplot(
-        [plan["num_chips"] for plan in known],
-        *([plan["memory"][part] / _GIB for plan in known] for part in parts),
-        labels=parts,
+    known: dict[str, list[Mapping[str, Any]]] = {}
+    for case in MEMORY:
+        if case.name in plans:
+            known.setdefault(case.recipe, []).append(plans[case.name])
+    size = (4.2 * len(known), 3.4)
+    figure, panels = plt.subplots(
+        1, len(known), figsize=size, layout="constrained", sharey=True, squeeze=False
     )
-    axes.set(xlabel="chips, a row on each", ylabel="GiB a chip", xscale="log")
-    axes.set_xticks([plan["num_chips"] for plan in known])
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axes.minorticks_off()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=len(parts), loc="lower left", bbox_to_anchor=(0, 1))
+    for axes, (recipe, found) in zip(panels[0], known.items(), strict=True):
+        axes.stackplot(
+            [plan["num_chips"] for plan in found],
+            *([plan["memory"][part] / _GIB for plan in found] for part in _PARTS),
+            labels=_PARTS,
+        )
+        axes.set(xlabel=f"chips, a row on each: {recipe}", xscale="log")
+        axes.set_xticks([plan["num_chips"] for plan in found])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("GiB a chip")
+    panels[0, 0].legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     plt.close(figure)
