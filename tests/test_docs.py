@@ -70,9 +70,7 @@ def test_every_page_can_be_reached():
     assert reached == {page.relative_to(DOCS).as_posix() for page in PAGES}
 
 
-@pytest.mark.slow
 def test_the_site_is_built_and_its_reference_is_whole(tmp_path):
-    pytest.importorskip("mkdocs", reason="needs the extra `docs`")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     subprocess.run(build, cwd=ROOT, env=environment, check=True)
