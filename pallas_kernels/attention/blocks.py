@@ -107,11 +107,6 @@ def heads_together(queries: int, keys: int, itemsize: int) -> int:
     return min(8 * LONGEST**2 // (itemsize**2 * queries * keys), MOST_TOGETHER)
 
 
-def largest_divisor(number: int, limit: int) -> int:
-    """The largest one of `number` up to `limit`, or 1."""
-    return max((x for x in range(1, limit + 1) if number % x == 0), default=1)
-
-
 def _even(length: int, block: int) -> int:
     """Equal blocks of about `block` that cover `length` with the least padding."""
     num_blocks = -(-length // max(block, LANES))

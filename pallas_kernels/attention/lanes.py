@@ -21,9 +21,9 @@ from pallas_kernels.attention.blocks import (
     WIDEST_GROUP,
     dq_bytes,
     heads_together,
-    largest_divisor,
     width,
 )
+from pallas_kernels.blocks import largest_divisor
 
 HALF = LANES // 2
 

@@ -15,9 +15,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import visits
-from pallas_kernels.attention.blocks import LANES, Blocks, heads_together, largest_divisor
+from pallas_kernels.attention.blocks import LANES, Blocks, heads_together
 from pallas_kernels.attention.lanes import Heads
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens, token_rows
+from pallas_kernels.blocks import largest_divisor
 
 LOG2_E = math.log2(math.e)
 # The kernels stay below this; it is also the default limit of the smallest chip.

@@ -29,6 +29,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.attention import visits
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens
+from pallas_kernels.blocks import largest_divisor
 from pallas_kernels.residuals import keep
 from pallas_kernels.varying import vary_alike
 
@@ -83,7 +84,7 @@ def _tile(batch: int, heads: int, mask: Mask) -> tuple[int, tuple[int, int]]:
     longest = min(max(longest, SMALLEST_BLOCK), LARGEST_BLOCK)
     q_block, k_block = (_block_length(n, longest) for n in (mask.num_queries, mask.num_keys))
     most = max(1, TILE // (heads * q_block * k_block)) if in_turn else batch
-    return max(n for n in range(1, most + 1) if batch % n == 0), (q_block, k_block)
+    return largest_divisor(batch, most), (q_block, k_block)
 
 
 def _block_length(length: int, target: int) -> int:

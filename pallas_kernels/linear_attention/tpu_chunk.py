@@ -31,6 +31,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import largest_divisor
 from pallas_kernels.linear_attention.tpu_blocks import LANES as REGISTER
 from pallas_kernels.linear_attention.tpu_blocks import Blocks, ones_rows
 from pallas_kernels.linear_attention.tpu_features import KernelFeatures
@@ -306,7 +307,7 @@ def chunks_of_turn(sizes: Blocks, dtype) -> int:
     """Chunks that fill each other's waits; products of float32, of many passes, are long enough by themselves."""
     count = sizes.tokens // sizes.chunk
     most = 1 if dtype == jnp.float32 else max(1, _TURN // sizes.chunk)
-    return max(n for n in range(1, most + 1) if count % n == 0)
+    return largest_divisor(count, most)
 
 
 def for_each_turn(spec, dtype, turn, reverse=False) -> None:
