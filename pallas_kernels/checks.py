@@ -36,3 +36,9 @@ def check_positive_int(op: str, name: str, value) -> None:
     """Checks an option that None leaves out."""
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"{op}: {name} must be a positive int or None, not {value!r}")
+
+
+def check_soft_cap(op: str, value) -> None:
+    """A soft cap of logits, or None."""
+    if value is not None and not value > 0:
+        raise ValueError(f"{op}: logits_soft_cap must be positive or None, not {value!r}")

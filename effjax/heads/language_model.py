@@ -16,13 +16,6 @@ class _Scores(nn.Module):
     soft_cap: float | None = None
     chunk_size: int | None = None
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.soft_cap is not None and self.chunk_size is not None:
-            raise ValueError(
-                f"chunk_size={self.chunk_size} with soft_cap={self.soft_cap}; valid: one of them"
-            )
-
     def flops_per_token(self, d_model: int, vocab_size: int) -> float:
         return 2.0 * d_model * vocab_size
 
@@ -36,7 +29,7 @@ class _Scores(nn.Module):
         """Of the logits for `targets`, in nats, and their log-sum-exp; of logits that are never all in memory."""
         matrix = self._matrix(embedding).astype(hidden.dtype)
         return pallas_kernels.linear_cross_entropy(
-            hidden, matrix, targets, chunk_size=self.chunk_size
+            hidden, matrix, targets, logits_soft_cap=self.soft_cap, chunk_size=self.chunk_size
         )
 
 
@@ -47,7 +40,7 @@ class Tied(_Scores):
     Attributes:
       soft_cap: if given, logits become cap * tanh(logits / cap).
       chunk_size: words of the vocabulary whose logits are in memory at once in training (`cross_entropy`), which then
-        takes a fourth product beside three; None: all words. Not with a soft cap.
+        takes a fourth product beside three; None: all words.
     """
 
     def __call__(
@@ -71,7 +64,7 @@ class Untied(_Scores):
     Attributes:
       soft_cap: if given, logits become cap * tanh(logits / cap).
       chunk_size: words of the vocabulary whose logits are in memory at once in training (`cross_entropy`), which then
-        takes a fourth product beside three; None: all words. Not with a soft cap.
+        takes a fourth product beside three; None: all words.
     """
 
     @nn.compact

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import reference, ring, xla
 from pallas_kernels.attention.mask import Mask, Tokens
-from pallas_kernels.checks import check_positive_int
+from pallas_kernels.checks import check_positive_int, check_soft_cap
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.residuals import keep
 
@@ -133,10 +133,7 @@ def _check_options(causal, window, logits_soft_cap) -> None:
             f"attention: window={window!r} is defined for causal=True only (it counts back in time)"
         )
     check_positive_int("attention", "window", window)
-    if logits_soft_cap is not None and not logits_soft_cap > 0:
-        raise ValueError(
-            f"attention: logits_soft_cap must be positive or None, not {logits_soft_cap!r}"
-        )
+    check_soft_cap("attention", logits_soft_cap)
 
 
 def _pair(name, value, q, k) -> tuple[jax.Array, jax.Array] | None:

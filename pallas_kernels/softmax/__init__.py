@@ -12,7 +12,7 @@ What serves which op, the preferred first:
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_positive_int
+from pallas_kernels.checks import check_positive_int, check_soft_cap
 from pallas_kernels.dispatch import Implementation, call, kernels_or_xla
 from pallas_kernels.softmax import reference, xla, xla_linear
 
@@ -89,6 +89,7 @@ def linear_cross_entropy(
     weight: jax.Array,
     labels: jax.Array,
     *,
+    logits_soft_cap: float | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
@@ -101,6 +102,7 @@ def linear_cross_entropy(
         hidden: float [..., D].
         weight: float [D, V], of hidden's dtype.
         labels: int [...], as in `cross_entropy`.
+        logits_soft_cap: logits become cap * tanh(logits / cap) (Gemma 2, arXiv 2408.00118, section 2).
         chunk_size: logits a chunk; None: chosen by the implementation.
         implementation: "xla" or "reference"; None takes the best for this platform.
 
@@ -121,6 +123,7 @@ def linear_cross_entropy(
         raise ValueError(
             f"{op}: weight has dtype {weight.dtype} but hidden has {hidden.dtype}; cast one"
         )
+    check_soft_cap(op, logits_soft_cap)
     check_positive_int(op, "chunk_size", chunk_size)
     labels = _check_labels(op, labels, "hidden", hidden)
     return call(
@@ -130,6 +133,7 @@ def linear_cross_entropy(
         hidden,
         weight,
         labels,
+        logits_soft_cap=logits_soft_cap,
         chunk_size=chunk_size,
     )
 

@@ -20,9 +20,11 @@ def cross_entropy(logits, labels):
     return jnp.where(is_label.any(axis=-1), -log_probability, lse), lse
 
 
-def linear_cross_entropy(hidden, weight, labels, *, chunk_size):
-    """The same of the logits hidden @ weight."""
+def linear_cross_entropy(hidden, weight, labels, *, logits_soft_cap, chunk_size):
+    """The same of the logits hidden @ weight, with their soft cap."""
     del chunk_size
     dtype = accumulator(hidden.dtype)
     logits = jnp.matmul(hidden.astype(dtype), weight.astype(dtype), precision="highest")
+    if logits_soft_cap is not None:
+        logits = logits_soft_cap * jnp.tanh(logits / logits_soft_cap)
     return cross_entropy(logits, labels)

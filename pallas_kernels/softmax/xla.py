@@ -59,6 +59,11 @@ def _cross_entropy_backward(saved, cotangents):
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
+def capped(logits, soft_cap):
+    """cap * tanh(logits / cap); None leaves them alone."""
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+
 def loss_and_lse(total: Extended, label_logits):
     """From Σ e^logit and the logits of the labels. The loss takes these from the exponent first: both may be large."""
     return (total.exponent - label_logits) + jnp.log(total.mantissa), extended.log(total)

@@ -16,25 +16,27 @@ from pallas_kernels.varying import vary_alike
 CHUNK = 2048
 
 
-def linear_cross_entropy(hidden, weight, labels, *, chunk_size):
+def linear_cross_entropy(hidden, weight, labels, *, logits_soft_cap, chunk_size):
     """Returns `(loss [...], lse [...])`; see the package for the arguments."""
     hidden, weight, labels = vary_alike((hidden, weight, labels))
     chunk = min(chunk_size or CHUNK, weight.shape[1])
     rows = hidden.reshape(-1, hidden.shape[-1])
-    outputs = _linear_cross_entropy(chunk, rows, weight, labels.reshape(-1))
+    outputs = _linear_cross_entropy((chunk, logits_soft_cap), rows, weight, labels.reshape(-1))
     return tuple(x.reshape(labels.shape) for x in outputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _linear_cross_entropy(chunk, hidden, weight, labels):
-    """Of hidden [N, D], weight [D, V] and labels [N]."""
-    return _forward(chunk, hidden, weight, labels)[0]
+def _linear_cross_entropy(spec, hidden, weight, labels):
+    """Of hidden [N, D], weight [D, V] and labels [N]; `spec`: words a chunk, and the soft cap."""
+    return _forward(spec, hidden, weight, labels)[0]
 
 
-def _forward(chunk, hidden, weight, labels):
+def _forward(spec, hidden, weight, labels):
+    chunk, soft_cap = spec
+
     def step(carry, start, columns):
         total, label_logits = carry
-        logits = _dot("nd,dv->nv", hidden, columns)
+        logits = xla.capped(_dot("nd,dv->nv", hidden, columns), soft_cap)
         total = extended.add(total, extended.sum_of_exponentials(logits))
         return total, label_logits + xla.logits_of(labels - start, logits)
 
@@ -44,16 +46,20 @@ def _forward(chunk, hidden, weight, labels):
     return outputs, (hidden, weight, labels, total)
 
 
-def _backward(chunk, saved, cotangents):
+def _backward(spec, saved, cotangents):
+    chunk, soft_cap = spec
     hidden, weight, labels, total = saved
 
     def step(carry, start, columns):
         d_hidden, d_weight = carry
-        logits = _dot("nd,dv->nv", hidden, columns)
+        logits = xla.capped(_dot("nd,dv->nv", hidden, columns), soft_cap)
         d_logits = xla.logits_gradient(logits, labels - start, total, *cotangents)
+        if soft_cap is not None:
+            d_logits *= 1 - jnp.square(logits / soft_cap)
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden += _dot("nv,dv->nd", d_logits, columns)
-        d_columns = _dot("nd,nv->dv", hidden, d_logits).astype(weight.dtype)
+        # Of the weight's dtype, and so is what devices sum of it, where they share the rows.
+        d_columns = jnp.einsum("nd,nv->dv", hidden, d_logits, preferred_element_type=weight.dtype)
         return d_hidden, jax.lax.dynamic_update_slice_in_dim(d_weight, d_columns, start, axis=1)
 
     nothing = jnp.zeros_like(hidden, accumulator(hidden.dtype)), jnp.zeros_like(weight)

@@ -159,9 +159,11 @@ def test_a_label_outside_has_no_logit(rng, implementation):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("chunk_size", "vocabulary"), [(64, 150), (64, 128), (None, 40)])
+@pytest.mark.parametrize(
+    ("chunk_size", "vocabulary", "soft_cap"), [(64, 150, None), (64, 128, 3.0), (None, 40, None)]
+)
 def test_linear_cross_entropy_with_every_gradient_equals_float64(
-    rng, dtype, chunk_size, vocabulary
+    rng, dtype, chunk_size, vocabulary, soft_cap
 ):
     inputs = {
         "hidden": rng.normal(size=(2, 9, 12)),
@@ -173,7 +175,12 @@ def test_linear_cross_entropy_with_every_gradient_equals_float64(
     def make_function(implementation):
         def function(hidden, weight):
             loss, lse = linear_cross_entropy(
-                hidden, weight, labels, chunk_size=chunk_size, implementation=implementation
+                hidden,
+                weight,
+                labels,
+                logits_soft_cap=soft_cap,
+                chunk_size=chunk_size,
+                implementation=implementation,
             )
             return {"loss": loss, "lse": lse}
 
@@ -409,6 +416,10 @@ def test_bad_input_is_named():
         (
             lambda: linear_cross_entropy(hidden, weight.astype("bfloat16"), labels),
             "weight has dtype bfloat16 but hidden has float32",
+        ),
+        (
+            lambda: linear_cross_entropy(hidden, weight, labels, logits_soft_cap=0.0),
+            r"logits_soft_cap must be positive or None, not 0\.0",
         ),
         (
             lambda: linear_cross_entropy(hidden, weight, labels, chunk_size=0),
