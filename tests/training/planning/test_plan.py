@@ -169,7 +169,10 @@ def test_on_tpus_a_scanned_step_has_the_products_of_an_unrolled_one():
     """The trips of a TPU's loops follow from the loops themselves; the compiler notes none."""
     plans = []
     for scan_layers in (True, False):
-        config = configs.default("transformer", num_layers=3, scan_layers=scan_layers)
+        # One head of 128 dimensions: smaller ones share registers, and their products are of all that are in one.
+        heads = {"num_heads": 1, "num_kv_heads": 1}
+        config = configs.default("transformer", num_layers=3, scan_layers=scan_layers, d_model=128)
+        config.model.mixers[0].update(heads)
         config.data.batch_size = 8
         config.mesh.update(data=1, fsdp=4)
         plans.append(planning.plan(config, "v5e:2x2"))
