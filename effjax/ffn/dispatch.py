@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from effjax.nn import constrain
+from effjax.nn.shards import num_parts, on_shards
 from effjax.routing.placement import Placement, by_capacity, by_expert
 from effjax.routing.top_k import Assignment
 from pallas_kernels import grouped_matmul
@@ -59,14 +60,54 @@ def dropless(
 ) -> tuple[Float[Array, "B T D"], Bool[Array, "B T K"]]:
     """Experts on ragged groups of rows, as in MegaBlocks (arXiv 2211.15841).
 
+    On a mesh each device sorts the tokens that it holds, and has the matrices of all experts for them.
+
     Args and results as for `capacity`.
     """
-    k = assignment.indices.shape[-1]
-    placement = by_expert(assignment.indices.reshape(-1, k), assignment.num_experts)
-    rows = to_rows(x.reshape(-1, x.shape[-1]), placement)
-    outputs = apply_experts(rows, lambda rows, w: grouped_matmul(rows, w, placement.sizes))
-    choices = from_rows(outputs, placement).reshape(*assignment.indices.shape, x.shape[-1])
+    parts = [_parts("batch", x.shape[0]), _parts("length", x.shape[1])]
+    placement = _each(lambda i: by_expert(i, assignment.num_experts))(
+        _by_part(assignment.indices, parts)
+    )
+    rows = _each(to_rows)(_by_part(x, parts), placement)
+    outputs = apply_experts(rows, lambda rows, w: _multiply(rows, w, placement.sizes))
+    choices = _together(_each(from_rows)(outputs, placement), assignment.indices.shape)
     return combine(choices, assignment.weights), assignment.true
+
+
+def _parts(axis: str, size: int) -> int:
+    """Parts that a mesh splits an axis into."""
+    parts = num_parts(axis)
+    return 1 if size % parts else parts
+
+
+def _by_part(x: Float[Array, "B T ..."], parts: list[int]) -> Float[Array, "P Q N ..."]:
+    """Tokens by the part of the batch and of the rows that they are in."""
+    by_batch, by_length = parts
+    batch, length, *rest = x.shape
+    x = x.reshape(by_batch, batch // by_batch, by_length, length // by_length, *rest)
+    return jnp.swapaxes(x, 1, 2).reshape(by_batch, by_length, -1, *rest)
+
+
+def _together(x: Float[Array, "P Q N ..."], shape: tuple[int, ...]) -> Float[Array, "B T ..."]:
+    """The inverse, of tokens whose first axes are those of `shape`."""
+    (by_batch, by_length, _, *rest), (batch, length) = x.shape, shape[:2]
+    x = x.reshape(by_batch, by_length, batch // by_batch, length // by_length, *rest)
+    return jnp.swapaxes(x, 1, 2).reshape(batch, length, *rest)
+
+
+def _each(function: Callable) -> Callable:
+    return jax.vmap(jax.vmap(function))
+
+
+def _multiply(rows, matrices, sizes):
+    """[P, Q, R, D] x [E, D, F] -> [P, Q, R, F]; sizes [P, Q, E]."""
+
+    def local(rows, matrices, sizes, axis_name=None):
+        del axis_name  # rows have nothing to do with each other
+        return grouped_matmul(rows[0, 0], matrices, sizes[0, 0])[None, None]
+
+    tokens = "batch length _ _"
+    return on_shards(local, (tokens, "_ _ _", "batch length _"), tokens)(rows, matrices, sizes)
 
 
 def combine(

@@ -2,6 +2,7 @@
 
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import moe_reference
@@ -141,6 +142,27 @@ def test_both_dispatches_agree_when_nothing_is_dropped(rng, name):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), buffers, groups
     )
+
+
+@pytest.mark.parametrize("batch", [4, 3])  # the second is not divided by the devices
+def test_dropless_on_a_mesh_is_as_on_one_device(rng, batch):
+    """With every device's tokens sorted on their own, and a length that is split too."""
+    module = AdaMoE(**SHAPE, top_k=2, num_null=3, dispatch="dropless")
+    params, x = as_float32((random_params(module, rng), rng.normal(size=(batch, 32, D))))
+
+    @jax.jit
+    def run(params, x):
+        y, pull = jax.vjp(lambda params, x: module.apply({"params": params}, x)[0], params, x)
+        return y, pull(jnp.sin(y))
+
+    want = run(params, x)
+    sizes = {"data": 2, "tensor": 2, "context": 2}
+    mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), (jax.sharding.AxisType.Auto,) * 3)
+    rules = (("batch", ("data",)), ("mlp", "tensor"), ("length", "context"))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        rows = jax.sharding.PartitionSpec("data" if batch % 2 == 0 else None, "context")
+        got = run(params, jax.device_put(x, jax.NamedSharding(mesh, rows)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
 def test_later_tokens_cannot_push_out_earlier_ones(rng):

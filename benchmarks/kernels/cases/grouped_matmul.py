@@ -48,7 +48,7 @@ def _case(rows: int, width: int, columns: int) -> Case:
         make_inputs=make_inputs,
         contenders=(
             *implementations(grouped_matmul, OPS["grouped_matmul"], steps=steps),
-            Contender("jax.lax.ragged_dot", jax.lax.ragged_dot),
+            Contender("jax.lax.ragged_dot", jax.lax.ragged_dot, has_schedule=True, steps=steps),
             Contender("megablox", gmm, platforms=("tpu",), has_schedule=True, steps=steps),
         ),
         work={FORWARD: (forward,), BOTH: (both,)},

@@ -1,0 +1,129 @@
+"""The walk of the TPU kernels over tiles of rows: a tile is visited once for each group that has rows in it."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.dispatch import target
+
+LANES = 128
+# Rows of a bfloat16 register.
+SUBLANES = 16
+# A block of a matrix: while a tile of rows is multiplied by one, the next is on its way.
+MATRIX_BYTES, COLUMNS = 8 * 2**20, 4096
+# The longest sum of products that a block has whole, in bfloat16; a longer one is cut into parts of half of it.
+DEPTH = 4096
+# Rows of a tile whose sums come in parts: each part of a matrix is read anew for it.
+ROWS_OF_PARTS = 512
+# Two blocks of a matrix, one of which is on its way, are 16 MiB.
+VMEM_LIMIT = 40 * 2**20
+
+
+class Visits(NamedTuple):
+    """In scalar memory. Visits past the last one stay where it was, so that nothing moves.
+
+    Attributes:
+        group: int32 [visits].
+        tile: int32 [visits].
+        starts: int32 [groups], the first row of each group.
+        ends: int32 [groups], the row after its last one.
+        count: int32 [1], of the visits there are.
+    """
+
+    group: jax.Array
+    tile: jax.Array
+    starts: jax.Array
+    ends: jax.Array
+    count: jax.Array
+
+    def rows(self, visit, tile_rows: int):
+        """First row of the visit's group and the one after its last, counted from the first of the tile."""
+        group, first = self.group[visit], self.tile[visit] * tile_rows
+        return self.starts[group] - first, self.ends[group] - first
+
+
+def visits(group_sizes, num_rows: int, tile_rows: int, *, every_group: bool) -> Visits:
+    """The visits in the order of rows.
+
+    Args:
+        group_sizes: int32 [G].
+        num_rows: M, a multiple of `tile_rows`.
+        tile_rows: rows of a tile.
+        every_group: groups without rows are visited too, once. Otherwise the rows past the last group's are group G.
+    """
+    ends = jnp.cumsum(group_sizes)
+    starts = ends - group_sizes
+    if not every_group:
+        starts, ends = jnp.append(starts, ends[-1]), jnp.append(ends, num_rows)
+    tiles = num_rows // tile_rows
+    first = jnp.minimum(starts // tile_rows, tiles - 1)
+    counts = jnp.where(ends > starts, (ends - 1) // tile_rows - first + 1, int(every_group))
+    upto = jnp.cumsum(counts)
+    # Each group begins at most one more visit than there are tiles.
+    number = jnp.arange(tiles + group_sizes.shape[0], dtype=jnp.int32)
+    number = jnp.minimum(number, upto[-1] - 1)
+    group = jnp.sum(number[:, None] >= upto, axis=1, dtype=jnp.int32)
+    tile = first[group] + number - (upto - counts)[group]
+    return Visits(group, tile, starts, ends, upto[-1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Of blocks.
+
+    Attributes:
+        rows: of a tile.
+        columns: of the result.
+        depth: products that are summed at a time.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+
+
+def sizes(num_rows: int, depth: int, columns: int, itemsize: int) -> Sizes:
+    """Of [num_rows, depth] x [depth, columns]. A tile has the rows of a matrix unit, as boundaries of groups cut it."""
+    most = DEPTH * 2 // itemsize
+    if depth <= most:
+        rows = unit_rows()
+    else:
+        parts = -(-depth // (most // 2))
+        depth, rows = round_up(-(-depth // parts), LANES), ROWS_OF_PARTS
+    most_columns = min(MATRIX_BYTES // (depth * itemsize) // LANES * LANES, COLUMNS)
+    return Sizes(min(rows, round_up(num_rows, SUBLANES)), min(columns, most_columns), depth)
+
+
+def unit_rows() -> int:
+    """Rows of a tile: as wide as a matrix unit is."""
+    kind = target().device_kind
+    return 2 * LANES if "v6" in kind or "v7" in kind else LANES
+
+
+def round_up(x: int, multiple: int) -> int:
+    """To the next multiple."""
+    return x + -x % multiple
+
+
+def dot(x, y, contracted):
+    """A product with float32 sums; float32 operands are not rounded to the bfloat16 of the matrix unit."""
+    precision = "highest" if x.dtype == jnp.float32 else "default"
+    return jax.lax.dot_general(
+        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def inside(begin, end, shape):
+    """Bool: whether the row is one from `begin` to the one before `end`."""
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return (row >= begin) & (row < end)
+
+
+def compiler_params() -> pltpu.CompilerParams:
+    """Of both kernels, whose grids have a last axis or two along which sums are made."""
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+    )
