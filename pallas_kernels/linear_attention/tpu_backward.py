@@ -8,8 +8,8 @@ As in `tpu_chunk`, with u the gradient of the sums; the forward kept the states 
     dv_s = Σ_t u_t w_st + dZ φ(k_s)
     dS = dZ + Σ_t u_t φ(q_t)ᵀ
 
-There is more to do between products than in the forward, so that heads go through the stages below behind one another,
-the products of some beside the elementwise work of others.
+Heads go through the stages below as in the forward, the products of some beside the elementwise work of others: the
+products that weights are made of come first, all others, and those with the state among them, once there are weights.
 """
 
 import functools
@@ -35,7 +35,6 @@ from pallas_kernels.linear_attention.tpu_chunk import (
     masked,
     operands,
     put,
-    same,
     start,
     take,
     where_seen,
@@ -90,10 +89,34 @@ def backward(
             return left, right, phi_q.astype(dtype), phi_k.astype(dtype)
 
         def multiply(item, expanded):
-            left, right, phi_q, phi_k = expanded
+            left, right, *features_of = expanded
+            chunk = of_chunk(item.chunk)
+            value, d_sum = chunk.values[item.head], chunk.d_sums[item.head]
+            products, d_weights = dot(left, right, ROWS), dot(value, d_sum, ROWS)
+            return left, right, products, d_weights, *features_of
+
+        def weigh(item, multiplied):
+            left, right, products, d_weights, *features_of = multiplied
+            chunk = of_chunk(item.chunk)
+            if features.weigh is None:
+                weights, d_products = (
+                    where_seen(chunk.mask, None, x) for x in (products, d_weights)
+                )
+            else:
+                weights = where_seen(chunk.mask, features.weigh, products)
+                d_products = where_seen(chunk.mask, d_product, products, d_weights)
+                # Products are of the vectors themselves.
+                left, right = chunk.keys[item.head], chunk.queries[item.head]
+            return left, right, weights.astype(dtype), d_products.astype(dtype), *features_of
+
+        def d_product(products, d_weights):
+            return d_weights * features.slope(products)
+
+        def multiply_others(item, weighed):
+            left, right, weights, d_products, phi_q, phi_k = weighed
             chunk = of_chunk(item.chunk)
             mask, value, d_sum = chunk.mask, chunk.values[item.head], chunk.d_sums[item.head]
-            products, d_weights = dot(left, right, ROWS), dot(value, d_sum, ROWS)
+            to_query, to_key = dot(left, d_products, PLAIN), dot(right, d_products, LANES)
             after = carry[item.head]
             d_after = after.astype(dtype)
             d_phi_q = dot(pasts[0, item.head, chunks[item.chunk][0]], d_sum, ROWS)
@@ -101,29 +124,7 @@ def backward(
             d_value = dot(d_after, phi_k, ROWS)
             carry[item.head] = masked(after, mask.keeps) + dot(phi_q, d_sum, LANES)
             d_phi_q, d_phi_k = masked(d_phi_q, mask.from_past), masked(d_phi_k, mask.to_state)
-            return left, right, products, d_weights, d_phi_q, d_phi_k, d_value
-
-        def weigh(item, multiplied):
-            left, right, products, d_weights, *others = multiplied
-            chunk = of_chunk(item.chunk)
-            if features.weigh is None:
-                weights, d_products = (
-                    where_seen(chunk.mask, same, x) for x in (products, d_weights)
-                )
-            else:
-                weights = where_seen(chunk.mask, features.weigh, products)
-                d_products = where_seen(chunk.mask, d_product, products, d_weights)
-                # Products are of the vectors themselves.
-                left, right = chunk.keys[item.head], chunk.queries[item.head]
-            return left, right, weights.astype(dtype), d_products.astype(dtype), *others
-
-        def d_product(products, d_weights):
-            return d_weights * features.slope(products)
-
-        def multiply_weights(item, weighed):
-            left, right, weights, d_products, d_phi_q, d_phi_k, d_value = weighed
-            to_query, to_key = dot(left, d_products, PLAIN), dot(right, d_products, LANES)
-            d_value += dot(of_chunk(item.chunk).d_sums[item.head], weights, LANES)
+            d_value += dot(d_sum, weights, LANES)
             return to_query, to_key, d_phi_q, d_phi_k, d_value
 
         def pull(item, multiplied):
@@ -143,10 +144,15 @@ def backward(
                     put(spec, ref, chunk.tokens, found)
 
         items = [Item(place, head) for place in range(len(chunks)) for head in heads]
-        pipelined(items, expand, multiply, weigh, multiply_weights, pull)
+        together = max(1, _TOGETHER // spec.blocks.chunk)
+        pipelined(items, expand, multiply, weigh, multiply_others, pull, together=together)
 
     for_each_turn(spec, dtype, turn, reverse=True)
     finish(carry, d_state)
+
+
+# Tokens whose products are long enough for all matrix units: a head of that many goes by itself, shorter ones together.
+_TOGETHER = 256
 
 
 class _Chunk(NamedTuple):

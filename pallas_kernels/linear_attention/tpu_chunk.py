@@ -13,7 +13,8 @@ row of ones (so that the sum of the weights comes out beside the sum of the valu
 
 Heads are independent, and one product of one head waits for another: heads go through the stages below behind one
 another, the products of some beside the elementwise work of others, since the compiler keeps about to the order of the
-program. So heads fill each other's waits.
+program. So heads fill each other's waits. Products with the state need no weights, but come with those of the weights
+and not before: so stages of products and of elementwise work alternate, and less waits in between.
 
 Everything is [rows, tokens]: tokens fill the 128 lanes whatever the head dimension, and each product takes its
 operands as they lie, but for keys and values on the left of w and dw, which the compiler transposes. Where the channels
@@ -107,26 +108,25 @@ def forward(spec: Spec, q, k, v, rows, state, out, total, last, pasts, carry, ri
             return left, right, phi_q.astype(dtype), phi_k.astype(dtype)
 
         def multiply(item, expanded):
-            left, right, phi_q, phi_k = expanded
+            left, right, *features_of = expanded
+            return dot(left, right, ROWS), *features_of
+
+        def weigh(item, multiplied):
+            products, *features_of = multiplied
+            mask = of_chunk(item.chunk)[1]
+            weights = where_seen(mask, features.weigh, products)
+            return weights.astype(dtype), *features_of
+
+        def multiply_others(item, weighed):
+            weights, phi_q, phi_k = weighed
             _, mask, *_, values, _ = of_chunk(item.chunk)
             before = carry[item.head]
             past = before.astype(dtype)
             if pasts is not None:
                 pasts[0, item.head, chunks[item.chunk][0]] = past
-            products, read = dot(left, right, ROWS), dot(past, phi_q, PLAIN)
             written = dot(values[item.head], phi_k, LANES)
             carry[item.head] = masked(before, mask.keeps) + written
-            return products, read
-
-        def weigh(item, multiplied):
-            products, read = multiplied
-            mask = of_chunk(item.chunk)[1]
-            return where_seen(mask, features.weigh or same, products).astype(dtype), read
-
-        def multiply_weights(item, weighed):
-            weights, read = weighed
-            values = of_chunk(item.chunk)[-2]
-            return read + dot(values[item.head], weights, PLAIN)
+            return dot(past, phi_q, PLAIN) + dot(values[item.head], weights, PLAIN)
 
         def divide(item, sums):
             tokens, *_, outputs = of_chunk(item.chunk)
@@ -139,7 +139,7 @@ def forward(spec: Spec, q, k, v, rows, state, out, total, last, pasts, carry, ri
                 put(spec, out, tokens, outputs)
 
         items = [Item(place, head) for place in range(len(chunks)) for head in heads]
-        pipelined(items, expand, multiply, weigh, multiply_weights, divide)
+        pipelined(items, expand, multiply, weigh, multiply_others, divide)
 
     for_each_turn(spec, dtype, turn)
     finish(carry, last)
@@ -200,7 +200,7 @@ def _turned(row):
 
 
 def where_seen(mask, function, *pairs):
-    """`function` of numbers of pairs [keys, queries], and 0 for pairs that do not meet.
+    """`function` of numbers of pairs [keys, queries], None: the number itself; and 0 for pairs that do not meet.
 
     It is computed where any of a tile of registers meet, and masked where not all do.
     """
@@ -213,14 +213,11 @@ def where_seen(mask, function, *pairs):
                 tiles.append(jnp.zeros((REGISTER,) * 2, pairs[0].dtype))
                 continue
             rows, lanes = (slice(k * REGISTER, (k + 1) * REGISTER) for k in (i, j))
-            tile, seen = function(*(x[rows, lanes] for x in pairs)), mask.seen[i, j]
+            tile, seen = [x[rows, lanes] for x in pairs], mask.seen[i, j]
+            tile = tile[0] if function is None else function(*tile)
             tiles.append(tile if seen is None else jnp.where(seen, tile, 0))
         columns.append(jnp.concatenate(tiles, axis=0))
     return jnp.concatenate(columns, axis=1)
-
-
-def same(products):
-    return products
 
 
 def take(spec, ref, tokens) -> list:
