@@ -19,6 +19,7 @@ from pallas_kernels.attention.blocks import LANES, Blocks, heads_together
 from pallas_kernels.attention.lanes import Heads
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens, token_rows
 from pallas_kernels.blocks import largest_divisor
+from pallas_kernels.tpu_call import tpu_call
 
 LOG2_E = math.log2(math.e)
 # The kernels stay below this; it is also the default limit of the smallest chip.
@@ -226,7 +227,7 @@ def token_blocks(spec: Spec, tokens):
 
 def call(spec: Spec, kernel, tiles, arguments, in_specs, out_shape, out_specs, scratch, name):
     """Runs `kernel` over batch x programs of `heads` x visits, of which the last axis is sequential."""
-    return pl.pallas_call(
+    return tpu_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(tiles),

@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.attention.tpu_tile import LOG2_E, dot
 from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.dispatch import target
+from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like
 
 # Cores that share the parallel axes of a grid, by device kind; elsewhere a chip has one or is two devices.
@@ -207,7 +208,7 @@ def _call(spec: _Spec, prefetched, q, k, v, interpret):
     def partial_block(width):
         return pl.BlockSpec((None, None, rows, width), lambda b, split, *_: (b, split, 0, 0))
 
-    return pl.pallas_call(
+    return tpu_call(
         functools.partial(_kernel, spec, len(prefetched)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),

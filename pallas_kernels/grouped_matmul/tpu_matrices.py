@@ -20,6 +20,7 @@ from pallas_kernels.grouped_matmul.tpu_visits import (
     unit_rows,
     visits,
 )
+from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like
 
 
@@ -31,7 +32,7 @@ def rows_times_rows(lhs, rhs, group_sizes, *, interpret):
     lhs, rhs = jnp.pad(lhs, more), jnp.pad(rhs, more)
     walk = visits(group_sizes, lhs.shape[0], tile_rows, every_group=True)
     blocks = [min(x.shape[1], most) for x, most in ((lhs, 1024), (rhs, 2048))]
-    return pl.pallas_call(
+    return tpu_call(
         functools.partial(_kernel, tile_rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(walk),

@@ -20,6 +20,7 @@ from pallas_kernels.grouped_matmul.tpu_visits import (
     sizes,
     visits,
 )
+from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like
 
 
@@ -41,7 +42,7 @@ def rows_times_matrices(lhs, rhs, group_sizes, *, transposed: bool, interpret):
 
     shape = (block.columns, block.depth) if transposed else (block.depth, block.columns)
     sums = pltpu.VMEM((block.rows, block.columns), jnp.float32)
-    out = pl.pallas_call(
+    out = tpu_call(
         functools.partial(_kernel, block, num_groups, parts, transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(walk),

@@ -19,6 +19,7 @@ from pallas_kernels.linear_attention.tpu_blocks import LANES, VMEM_LIMIT, blocks
 from pallas_kernels.linear_attention.tpu_chunk import Spec
 from pallas_kernels.linear_attention.tpu_features import cannot_trace, kernel_features
 from pallas_kernels.residuals import keep
+from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like, vary_alike
 
 
@@ -217,7 +218,7 @@ def _call(spec, kernel, inputs, outputs, carry, reverse=False):
         shape = (1, sizes.heads, array.shape[2], sizes.tokens)
         return pl.BlockSpec(shape, lambda b, h, t: (b, h, 0, block(t)))
 
-    return pl.pallas_call(
+    return tpu_call(
         functools.partial(kernel, spec),
         grid=(batch, spec.heads // sizes.heads, steps),
         in_specs=[block_spec(*x) for x in inputs],

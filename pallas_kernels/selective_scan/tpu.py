@@ -35,6 +35,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     step_tokens,
     widened,
 )
+from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like
 
 # A chunk of states has to fit into VMEM.
@@ -117,7 +118,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         blocks.state,
     )
     pasts = shaped_like(u, (batch, chunks, states, channels), jnp.float32)
-    return pl.pallas_call(
+    return tpu_call(
         functools.partial(_kernel, spec),
         grid=(batch, channels // spec.channels, chunks),
         in_specs=in_specs,

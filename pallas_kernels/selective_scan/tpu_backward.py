@@ -32,6 +32,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     step_tokens,
     widened,
 )
+from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import shaped_like
 
 
@@ -61,7 +62,7 @@ def backward(spec: Spec, saved, cotangents):
         "state": (shaped_like(u, (batch, states, channels), jnp.float32), blocks.state),
     }
     chunk_of_states = pltpu.VMEM((spec.chunk + 1, states, spec.channels), jnp.float32)
-    gradients = pl.pallas_call(
+    gradients = tpu_call(
         functools.partial(_kernel, spec),
         grid=(batch, channel_blocks, chunks),
         in_specs=(

@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.softmax import xla
 from pallas_kernels.softmax.extended import Extended
 from pallas_kernels.softmax.tpu_blocks import LANES, ROWS, Blocks, one_pass_blocks, two_pass_blocks
+from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like, vary_alike
 
 # Columns of 16 rows that are read into registers at once, with one exponent for each lane.
@@ -85,7 +86,7 @@ def _cross_entropy_forward(interpret, logits, labels):
     # Values of a row lie along the lanes, as columns of one lane would take 128 times the memory.
     labels_by_step = jnp.pad(labels_inside, (0, steps * sizes.rows - num_rows))
     scratch = pltpu.VMEM((sizes.rows, LANES), jnp.float32)
-    outputs = pl.pallas_call(
+    outputs = tpu_call(
         functools.partial(_cross_entropy_kernel, spec),
         grid=(steps, _steps(num_columns, sizes.columns)),
         in_specs=[
@@ -124,7 +125,7 @@ def _two_passes(kernel, interpret, *arrays):
     bytes_per_entry = (len(arrays) + 1) * arrays[0].dtype.itemsize
     sizes = two_pass_blocks(num_rows, num_columns, bytes_per_entry)
     spec = _spec(interpret, arrays[0], sizes)
-    return pl.pallas_call(
+    return tpu_call(
         functools.partial(kernel, spec),
         grid=(_steps(num_rows, sizes.rows), 2, _steps(num_columns, sizes.columns)),
         in_specs=[pl.BlockSpec(sizes, lambda i, p, j: (i, j)) for _ in arrays],

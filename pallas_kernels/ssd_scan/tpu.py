@@ -25,6 +25,7 @@ from pallas_kernels.ssd_scan.tpu_blocks import (
     vmem_bytes,
 )
 from pallas_kernels.ssd_scan.tpu_chunk import Spec
+from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like
 
 
@@ -260,7 +261,7 @@ class _Grid:
         blocks; None for an array that there is not. `scratch` is beside that for the state that travels."""
         sizes, x = self.spec.blocks, inputs[0][0]
         carry = pltpu.VMEM((sizes.steps, self.num_states, sizes.channels), jnp.float32)
-        return pl.pallas_call(
+        return tpu_call(
             functools.partial(kernel, self.spec),
             grid=self.grid,
             in_specs=tuple(None if array is None else block for array, block in inputs),
