@@ -221,10 +221,12 @@ def _cross_entropy_kernel(
     def add(rows, columns, lanes):
         x = logits[rows, columns]
         total = _add_exponentials(_masked(spec, step, columns, x, -jnp.inf), lanes[:2])
-        first, wanted, picked = _first(spec, step, columns), label_lanes[rows], lanes[2]
-        for i, register in enumerate(_registers(x)):
-            picked += jnp.where(wanted == first + i * LANES, register, 0)
-        return *total, picked
+        first, wanted = _first(spec, step, columns), label_lanes[rows]
+        picked = [
+            jnp.where(wanted == first + i * LANES, register, 0)
+            for i, register in enumerate(_registers(x))
+        ]
+        return *total, _sum([*picked, lanes[2]])
 
     def finish():
         total = _sum_of_lanes(mantissas, exponents)
@@ -239,9 +241,20 @@ def _cross_entropy_kernel(
 def _add_exponentials(x, lanes) -> Extended:
     """Adds Σ e^x over the registers of x [16, columns] to the sum in each lane, a pair of [16, 128]."""
     before, x = Extended(*lanes), _registers(x)
-    exponent = functools.reduce(jnp.maximum, x, before.exponent)
+    exponent = _by_pairs(jnp.maximum, [*x, before.exponent])
     scaled = before.mantissa * jnp.exp(before.exponent - exponent)
-    return Extended(sum((jnp.exp(y - exponent) for y in x), scaled), exponent)
+    return Extended(_sum([*(jnp.exp(y - exponent) for y in x), scaled]), exponent)
+
+
+def _by_pairs(function, values):
+    """Folds values with a function of two that may be taken in any order: a chain would wait for each exponential."""
+    while len(values) > 1:
+        pairs = [function(*pair) for pair in zip(values[::2], values[1::2], strict=False)]
+        values = pairs + values[len(values) // 2 * 2 :]
+    return values[0]
+
+
+_sum = functools.partial(_by_pairs, jnp.add)
 
 
 def _sum_of_lanes(mantissas, exponents) -> Extended:
