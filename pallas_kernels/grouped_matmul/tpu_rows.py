@@ -68,7 +68,7 @@ def _kernel(block: Sizes, num_groups: int, parts: int, transposed: bool, *refs):
     """One part of the sums of a tile: refs of `Visits`, of a block of lhs, rhs and out, and of the sums before."""
     walk, (lhs, rhs, out, *sums) = Visits(*refs[:5]), refs[5:]
     visit, part = pl.program_id(1), pl.program_id(2)
-    group = walk.group[jnp.minimum(visit, walk.count[0] - 1)]
+    group = walk.group[visit]
     begin, end = walk.rows(visit, block.rows)
     is_visit = visit < walk.count[0]
     is_whole = (begin <= 0) & (end >= block.rows)
