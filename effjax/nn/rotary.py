@@ -1,6 +1,7 @@
 """Rotary position embedding (Su et al., 2021, arXiv 2104.09864), and how it is stretched to longer texts."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -98,17 +99,39 @@ def rotary(
 def _by_products(x, angles, axis_name=None):
     """x [B, T, H, D] turned by angles [B, T, 1, D/2], for vector units of which half a head would leave lanes idle.
 
-    Heads stand side by side until they fill the lanes, and their halves change places, (-second, first), in the matrix
-    unit. That is exact: each column of the matrix has one entry, 1 or -1. Tokens have nothing to do with each other, so
-    that it does not matter over which axis they are split.
+    Heads stand side by side until they fill the lanes. Tokens have nothing to do with each other, so that it does not
+    matter over which axis they are split.
     """
     del axis_name
     *tokens, heads, dim = x.shape
     abreast = math.gcd(heads, max(1, _LANES // dim))
-    swap = np.kron(np.eye(abreast), np.kron([[0, 1], [-1, 0]], np.eye(dim // 2)))
+    # Here and not in `_turned`, where XLA would not take them out of a scan over layers.
+    cos, sin = (jnp.tile(f(angles), 2 * abreast) for f in (jnp.cos, jnp.sin))
     x = x.reshape(*tokens, heads // abreast, abreast * dim)
+    return _turned(dim, x, cos, sin).reshape(*tokens, heads, dim)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _turned(dim, x, cos, sin):
+    """x [B, T, N, heads abreast * dim] turned by angles of these cosines and sines [B, T, 1, heads abreast * dim].
+
+    The halves of a head change places, (-second, first), in the matrix unit. That is exact: each column of the matrix
+    has one entry, 1 or -1. The tables have no gradient.
+    """
+    swap = np.kron(np.eye(x.shape[-1] // dim), np.kron([[0, 1], [-1, 0]], np.eye(dim // 2)))
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     swapped = jnp.dot(x, jnp.asarray(swap, x.dtype), precision=precision)
-    cos, sin = (jnp.tile(f(angles), 2 * abreast) for f in (jnp.cos, jnp.sin))
-    rotated = (x * cos + swapped * sin).astype(x.dtype)
-    return rotated.reshape(*tokens, heads, dim)
+    return (x * cos + swapped * sin).astype(x.dtype)
+
+
+def _turned_forward(dim, x, cos, sin):
+    return _turned(dim, x, cos, sin), (cos, sin)
+
+
+def _turned_backward(dim, tables, cotangent):
+    # The transpose of a rotation turns back. Left to itself it would be in float32, and read and write twice as much.
+    cos, sin = tables
+    return _turned(dim, cotangent, cos, -sin), None, None
+
+
+_turned.defvjp(_turned_forward, _turned_backward)

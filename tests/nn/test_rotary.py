@@ -54,3 +54,12 @@ def test_on_a_tpu_the_matrix_unit_swaps_the_halves_exactly(rng, monkeypatch, hea
     assert "dot_general" in str(jax.make_jaxpr(lambda x: rotary(x, positions))(x))
     np.testing.assert_allclose(rotary(x, positions), here[0], atol=1e-6)
     np.testing.assert_allclose(turn(x), here[1], atol=1e-6)
+
+
+def test_on_a_tpu_gradients_are_rounded_once(rng, monkeypatch):
+    monkeypatch.setattr(sys.modules["effjax.nn.rotary"], "target", lambda: Target("tpu", ""))
+    positions = jnp.asarray(rng.integers(1000, size=(2, 7)))
+    cotangent = jnp.asarray(rng.normal(size=(2, 7, 3, 64)), jnp.bfloat16)
+    turn = lambda x: jax.vjp(lambda x: rotary(x, positions), x)[1](x)[0]  # noqa: E731
+    exact = turn(cotangent.astype(jnp.float32))
+    np.testing.assert_array_less(abs(turn(cotangent) - exact), 2**-8 * abs(exact) + 1e-6)
