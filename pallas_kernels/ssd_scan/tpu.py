@@ -1,8 +1,9 @@
 """The state-space-duality scan on TPU (Pallas, Mosaic): chunks on the matrix unit, the state in VMEM between them.
 
 Here are layout, grid and the custom VJP; `tpu_forward` and `tpu_backward` have the kernels, `tpu_chunk` what they
-share, `tpu_blocks` the sizes. For the backward, and only then, the forward keeps the state before each chunk in the
-dtype in which the matrix unit takes it.
+share, `tpu_blocks` the sizes. For the backward, and only then, the forward keeps the state before each tile, in the
+dtype in which the matrix unit takes it: N over the tokens of a tile times the size of x, instead of a second walk
+through the chunk.
 """
 
 import functools
@@ -133,13 +134,14 @@ def _scan(spec, x, dt, log_decay, B, C, D, marks, state):
 
 def _forward(spec, x, dt, log_decay, B, C, D, marks, state):
     y, last, pasts = _call_forward(spec, x, dt, log_decay, B, C, D, marks, state, keeps_pasts=True)
-    y, pasts = keep(y, pasts)
-    return (y, last), (x, dt, log_decay, B, C, D, marks, pasts)
+    y, last, pasts = keep(y, last, pasts)
+    return (y, last), (x, dt, log_decay, B, C, D, marks, pasts, last)
 
 
 def _call_forward(spec, x, dt, log_decay, B, C, D, marks, state, *, keeps_pasts):
     grid = _Grid(spec, x, B, reverse=False)
-    pasts = shaped_like(x, (x.shape[0], grid.chunks, *state.shape[1:]), x.dtype)
+    tiles = grid.chunks * spec.blocks.tiles
+    pasts = shaped_like(x, (x.shape[0], tiles, *state.shape[1:]), x.dtype)
     return grid.call(
         tpu_forward.kernel,
         [
@@ -157,18 +159,17 @@ def _call_forward(spec, x, dt, log_decay, B, C, D, marks, state, *, keeps_pasts)
             (shaped_like(x, state.shape, jnp.float32), grid.last_state),
             (pasts if keeps_pasts else None, grid.pasts),
         ],
-        [],
+        [pltpu.VMEM((spec.blocks.tile, spec.blocks.pack_tokens), jnp.float32)],
     )
 
 
 def _backward(spec, saved, cotangents):
-    x, dt, log_decay, B, C, D, marks, pasts = saved
+    x, dt, log_decay, B, C, D, marks, pasts, last = saved
     d_y, d_last = cotangents
     grid, sizes = _Grid(spec, x, B, reverse=True), spec.blocks
     per_chunk = shaped_like(x, (x.shape[0], grid.chunks, 1, x.shape[2]), jnp.float32)
-    by_channel = pltpu.VMEM((sizes.chunk, sizes.channels), jnp.float32)
-    by_head = pltpu.VMEM((sizes.tiles, sizes.heads, LANES), jnp.float32)
-    sums = pltpu.VMEM((sizes.chunk, B.shape[3]), jnp.float32)
+    mask = pltpu.VMEM((sizes.tile, sizes.pack_tokens), jnp.float32)
+    by_state = pltpu.VMEM((sizes.chunk, B.shape[3]), jnp.float32)
     d_x, d_dt, d_log_decay, d_B, d_C, d_D, d_state = grid.call(
         tpu_backward.kernel,
         [
@@ -180,6 +181,7 @@ def _backward(spec, saved, cotangents):
             (D, grid.skip),
             (marks, grid.marks),
             (pasts, grid.pasts),
+            (last, grid.first_state),
             (d_y, grid.tokens),
             (d_last, grid.first_state),
         ],
@@ -193,16 +195,13 @@ def _backward(spec, saved, cotangents):
             (d_last, grid.last_state),
         ],
         [
-            pltpu.VMEM((sizes.tiles + 1, B.shape[3], sizes.channels), jnp.float32),
-            by_channel,
-            by_channel,
-            by_channel,
-            pltpu.VMEM((sizes.chunk, sizes.channels), x.dtype),
-            by_head,
-            by_head,
-            pltpu.VMEM((sizes.tile, LANES), jnp.float32),
-            sums,
-            sums,
+            pltpu.VMEM((sizes.steps, B.shape[3], sizes.channels), x.dtype),
+            pltpu.VMEM((sizes.tiles, sizes.heads, LANES), jnp.float32),
+            pltpu.VMEM((sizes.chunk // LANES, sizes.heads, LANES), jnp.float32),
+            pltpu.VMEM((sizes.chunk // LANES, sizes.heads, LANES), jnp.float32),
+            by_state,
+            by_state,
+            mask,
         ],
     )
     d_D = None if D is None else d_D.sum(axis=(0, 1))
@@ -244,7 +243,7 @@ class _Grid:
         self.skip = pl.BlockSpec((1, sizes.channels), lambda b, g, c, j: (0, g * steps + j))
         self.marks = pl.BlockSpec((None, 4, sizes.chunk), lambda b, g, c, j: (b, 0, chunk(c)))
         self.pasts = pl.BlockSpec(
-            (None, *state), lambda b, g, c, j: (b, chunk(c), 0, g * steps + j)
+            (None, sizes.tiles, *state[1:]), lambda b, g, c, j: (b, chunk(c), 0, g * steps + j)
         )
         self.skip_gradient = pl.BlockSpec(
             (None, None, 1, sizes.channels), lambda b, g, c, j: (b, chunk(c), 0, g * steps + j)

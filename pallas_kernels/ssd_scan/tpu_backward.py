@@ -10,8 +10,13 @@ w_st = (C_t · B_s) exp(total_t - total_s):
     dtotal_t = Σ_s w_st (dt_s x_s · dy_t) + exp(total_t) C_t · Sᵀ dy_t - dt_t x_t · dux_t,
                and for the last token dS' · S' besides.
 
-What a token reads of itself cancels in the last line, as both terms have the same rounded weight. Pairs of tokens are
-[s, (head, t)] here, so that sums over s are over sublanes.
+What a token reads of itself cancels in the last line, as both terms have the same rounded weight. The states come from
+the forward. The sums from t on that the gradient of dt A is, and dS' · S' with them, are over 128 tokens, which may be
+several tiles. Pairs of tokens are [s, (head, t)] here, so that sums over s are over sublanes; dt_s is in the decay, as
+exp(total_t - total_s + log dt_s), so that nothing else is scaled by it, and is divided out of its own gradient.
+
+The passage of a pack of heads through its products is cut into stages where a result is waited for. What is left of
+sums over heads and tokens is done once a tile, by its last pack, in stages of their own.
 """
 
 import functools
@@ -24,39 +29,46 @@ from pallas_kernels.pipelined import pipelined
 from pallas_kernels.ssd_scan.tpu_blocks import LANES
 from pallas_kernels.ssd_scan.tpu_chunk import (
     LAST,
-    LOG2_E,
     PLAIN,
     ROWS,
     Columns,
     Spec,
+    all_registers,
     block_diagonal,
-    causal,
     column,
-    decay,
     dot,
+    for_pack,
     from_rows,
+    head_blocks,
     next_heads,
+    on_matrix_unit,
+    over_registers,
     packs,
     repeated,
     running_sums,
     scales,
     similarity,
     store_row,
+    unseen,
     wide,
 )
 
+# Packs that a stage takes one after the other.
+TOGETHER = 4
+
 
 def kernel(
-    spec: Spec, x, dt, log_decay, B, C, D, marks, past, d_y, d_last,
+    spec: Spec, x, dt, log_decay, B, C, D, marks, pasts, last, d_y, d_last,
     d_x, d_dt, d_log_decay, d_B, d_C, d_D, d_initial,
-    carry, states, wide_totals, steps, to_end, writes, d_rows, d_ends, d_columns, wide_d_B, wide_d_C,
+    carry, after, d_rows, d_ends, d_steps, wide_d_B, wide_d_C, mask,
 ) -> None:  # fmt: skip
     """Chunks come from the last to the first; the rest of the grid is that of the forward.
 
     Args:
         spec: static arguments.
         x: as in `tpu_forward.kernel`; so are dt, log_decay, B, C, D, marks.
-        past: ref [N, channels], the state before the chunk.
+        pasts: ref [tiles, N, channels], the state before each tile.
+        last: ref float32 [N, channels], the state after the last chunk.
         d_y: ref [tokens, channels].
         d_last: ref float32 [N, channels].
         d_x: ref like x.
@@ -67,204 +79,204 @@ def kernel(
         d_D: ref float32 [1, channels], the chunk's part; None: not wanted.
         d_initial: ref like d_last.
         carry: scratch float32 [steps, N, channels], the gradient of the state after a tile.
-        states: scratch float32 [tiles + 1, N, channels], the states before the tiles and the one after the last.
-        wide_totals: scratch float32 [tokens, channels], total.
-        steps: scratch float32 [tokens, channels], dt.
-        to_end: scratch float32 [tokens, channels], what is left at the end of a tile of what a token writes.
-        writes: scratch like x, x times those two.
+        after: scratch [steps, N, channels], the state after the chunk.
         d_rows: scratch float32 [tiles, heads, 128], gradients of the totals as `tpu_chunk.rows` has these.
-        d_ends: scratch float32 [tiles, heads, 128], what the tile's last total gets besides, by channels.
-        d_columns: scratch float32 [tokens of a tile, 128], what dt gets, in lane tile * heads + head.
+        d_ends: scratch float32 [registers, heads, 128], what the last total of each gets besides, by channels.
+        d_steps: scratch float32 [registers, heads, 128 tokens], what dt gets, times dt.
         wide_d_B: scratch float32 [tokens, N], summed over heads.
         wide_d_C: scratch float32 [tokens, N], summed over heads.
+        mask: scratch float32 [tokens of a tile, (head, token)], `tpu_chunk.unseen` where there are no marks.
     """
     sizes, chunk, step = spec.blocks, pl.program_id(2), pl.program_id(3)
 
     @pl.when(chunk == 0)
     def _():
         carry[step] = d_last[...]
+        after[step] = last[...].astype(after.dtype)
 
-    total = running_sums(sizes, log_decay[...] * LOG2_E)
-    scale = [scales(sizes, tile, dt[...], total, marks) for tile in range(sizes.tiles)]
-    totals = Columns(sizes, total, on_matrix_unit=True)
-    states[0] = wide(past[...])
-    _walk(sizes, scale, totals, dt, marks, x, B, states, wide_totals, steps, to_end, writes)
     _walk_back(
-        sizes, step == 0, scale, totals, x, B, C, D, marks, d_y, d_x, d_B, d_C,
-        carry.at[step], states, wide_totals, steps, to_end, writes, d_rows, d_ends, d_columns, wide_d_B, wide_d_C,
+        sizes, step == 0, x, dt, log_decay, B, C, D, marks, pasts, d_y,
+        d_x, d_dt, d_log_decay, d_B, d_C, d_D,
+        carry.at[step], after.at[step], d_rows, d_ends, d_steps, wide_d_B, wide_d_C, mask,
     )  # fmt: skip
-    turned = d_columns[...].T
-    by_tile = [turned[tile * sizes.heads :][: sizes.heads] for tile in range(sizes.tiles)]
-    d_dt[...] = jnp.concatenate(by_tile, axis=1)
-    within = from_rows(sizes, [d_rows[tile] for tile in range(sizes.tiles)])
-    d_total = within + _at_ends(sizes, d_ends) - dt[...] * d_dt[...]
-    d_log_decay[...] = running_sums(sizes, d_total, reverse=True)
-    if d_D is not None:
-        d_D[...] = _sum(wide(x[...]) * wide(d_y[...]))
+    after[step] = pasts[0]
 
     @pl.when(chunk == pl.num_programs(2) - 1)
     def _():
         d_initial[...] = carry[step]
 
 
-def _walk(
-    sizes, scale, totals, dt, marks, x, B, states, wide_totals, steps, to_end, writes
-) -> None:
-    """The states of the chunk's tiles from the first on, and on the way what scales a token for all its channels."""
-    dt_columns = Columns(sizes, dt[...], on_matrix_unit=False)
-    resets = None if marks is None else column(marks[2:3])
-
-    @functools.cache
-    def turned(tile):
-        return B[pl.ds(tile * sizes.tile, sizes.tile)].T
-
-    def bring(pack, _):
-        turned(pack.tile)
-        at, total = (pack.tokens, pack.channels), totals.spread(pack.tile, pack.head, sizes.dim)
-        exponents = scale[pack.tile].row("ends", pack.head) - total
-        if resets is not None:
-            exponents += resets[pack.tile * sizes.tile :][: sizes.tile]
-        wide_totals[at], to_end[at] = total, jnp.exp2(exponents)
-        steps[at] = dt_columns.spread(pack.tile, pack.head, sizes.dim)
-
-    def multiply(pack, _):
-        at = (pack.tokens, pack.channels)
-        write = (wide(x[at]) * (steps[at] * to_end[at])).astype(writes.dtype)
-        writes[at] = write
-        return dot(turned(pack.tile), write, PLAIN)
-
-    def advance(pack, written):
-        kept = states[pack.tile, :, pack.channels] * scale[pack.tile].row("kept", pack.head)
-        states[pack.tile + 1, :, pack.channels] = kept + written
-
-    pipelined(packs(sizes), bring, multiply, advance)
-
-
 def _walk_back(
-    sizes, is_first, scale, totals, x, B, C, D, marks, d_y, d_x, d_B, d_C,
-    adjoint, states, wide_totals, steps, to_end, writes, d_rows, d_ends, d_columns, wide_d_B, wide_d_C,
+    sizes, is_first, x, dt, log_decay, B, C, D, marks, pasts, d_y,
+    d_x, d_dt, d_log_decay, d_B, d_C, d_D,
+    adjoint, after, d_rows, d_ends, d_steps, wide_d_B, wide_d_C, mask,
 ):  # fmt: skip
     """From the last tile to the first, with `adjoint` [N, channels] the gradient of the state after a tile."""
     dtype = x.dtype
+    if marks is None:
+        mask[...] = unseen(sizes, 0, None, reading_on_rows=False)
+    resets = None if marks is None else column(marks[2:3])
+
+    registers = all_registers(sizes, dt, log_decay, marks)
+    written = [Columns(sizes, of.written, on_matrix_unit=on_matrix_unit(sizes)) for of in registers]
 
     @functools.cache
     def of_tile(tile):
+        of = registers[tile * sizes.tile // LANES]
         tokens = pl.ds(tile * sizes.tile, sizes.tile)
-        seen = causal(sizes, tile, marks, reading_on_rows=False)
-        return seen, *similarity(sizes, B[tokens], C[tokens])
+        hidden = (
+            mask[...] if marks is None else unseen(sizes, tile, of.marks, reading_on_rows=False)
+        )
+        return scales(sizes, tile, of), hidden, *similarity(sizes, B[tokens], C[tokens])
 
     def bring(pack, _):
         of_tile(pack.tile)
-        if sizes.dim == sizes.tile:
-            return wide_totals[pack.tokens, pack.channels]
-        return totals.spread(pack.tile, pack.head, sizes.tile)
+        columns = written[pack.tile * sizes.tile // LANES]
+        for_tokens = columns.spread(pack.tile, pack.head, sizes.tile)
+        is_same = sizes.dim == sizes.tile
+        return for_tokens, for_tokens if is_same else columns.spread(
+            pack.tile, pack.head, sizes.dim
+        )
 
     def prepare(pack, brought):
-        is_seen, similarities, C_turned = of_tile(pack.tile)
-        decays = decay(is_seen, scale[pack.tile].row("total", pack.head) - brought)
-        weights = (similarities * decays).astype(dtype)
-        reads = (C_turned * scale[pack.tile].row("from_past", pack.head)).astype(dtype)
+        for_tokens, for_channels = brought
+        scale, hidden, similarities, C_turned = of_tile(pack.tile)
+        decays = jnp.exp2(scale.row("total", pack.head) - for_tokens + hidden)
+        weights = (for_pack(sizes, similarities) * decays).astype(dtype)
+        reads = (for_pack(sizes, C_turned) * scale.row("from_past", pack.head)).astype(dtype)
         left = jnp.concatenate([weights, reads], axis=0)
-        return decays, weights, left, block_diagonal(sizes, d_y[pack.tokens, pack.channels])
+        exponents = scale.row("ends", pack.head) - for_channels
+        if resets is not None:
+            exponents += resets[pack.tile * sizes.tile :][: sizes.tile]
+        to_end = jnp.exp2(exponents)
+        writes = (wide(x[pack.tokens, pack.channels]) * to_end).astype(dtype)
+        blocks = head_blocks(sizes, d_y[pack.tokens, pack.channels])
+        return decays, weights, left, blocks, to_end, writes
 
     def multiply(pack, prepared):
-        decays, weights, left, by_head = prepared
-        state = states[pack.tile, :, pack.channels].astype(dtype)
+        decays, weights, left, blocks, *of_end = prepared
+        state = pasts[pack.tile, :, pack.channels]
         right = jnp.concatenate([x[pack.tokens, pack.channels], state], axis=0)
-        return decays, weights, dot(left, by_head, PLAIN), dot(right, by_head, LAST)
+        gradients = dot(left, block_diagonal(blocks), PLAIN)
+        # A matrix unit takes an operand that it has to turn at half the speed.
+        products = dot(right, block_diagonal([block.T for block in blocks]), PLAIN)
+        return decays, weights, gradients, products, *of_end
 
     def advance(pack, multiplied):
-        decays, weights, gradients, products = multiplied
-        after = adjoint[:, pack.channels]
-        returns = dot(B[pack.tokens], after.astype(dtype), PLAIN)
-        d_B_part = dot(writes[pack.tokens, pack.channels], after.astype(dtype), LAST)
-        at_end = _sum(after * states[pack.tile + 1, :, pack.channels])
-        store_row(d_ends.at[pack.tile], pack.head, at_end, sizes.dim)
-        kept = after * scale[pack.tile].row("kept", pack.head)
+        decays, weights, gradients, products, to_end, writes = multiplied
+        d_after = adjoint[:, pack.channels]
+        rounded = d_after.astype(dtype)
+        returns = dot(B[pack.tokens], rounded, PLAIN)
+        d_B_part = dot(writes, rounded, LAST)
+        if (pack.tile + 1) * sizes.tile % LANES == 0:
+            state = after if pack.tile == sizes.tiles - 1 else pasts.at[pack.tile + 1]
+            at_end = _sum(d_after * wide(state[:, pack.channels]))
+            number = pack.tile * sizes.tile // LANES
+            store_row(d_ends.at[number], pack.head, at_end, sizes.dim)
+        kept = d_after * of_tile(pack.tile)[0].row("kept", pack.head)
         adjoint[:, pack.channels] = kept + gradients[sizes.tile :]
-        return decays, weights, gradients[: sizes.tile], products, returns, d_B_part
+        d_input = gradients[: sizes.tile] + returns * to_end
+        return decays, weights, d_input, products, d_B_part
 
-    sums = {}
+    sums, by_channel = {}, {}
 
     def finish(pack, advanced):
-        decays, weights, gradients, products, returns, d_B_part = advanced
-        at, C_turned = (pack.tokens, pack.channels), of_tile(pack.tile)[2]
-        d_stepped = gradients + returns * to_end[at]
-        _sum_channels(sizes, pack, wide(x[at]) * d_stepped, d_columns)
-        d_input = d_stepped * steps[at]
+        decays, weights, d_input, products, d_B_part = advanced
+        at, (scale, _, _, C_turned) = (pack.tokens, pack.channels), of_tile(pack.tile)
+        of_step = wide(x[at]) * d_input
         if D is not None:
             d_input += wide(d_y[at]) * D[:, pack.channels]
         d_x[at] = d_input.astype(dtype)
 
-        if sizes.dim == sizes.tile:
-            step = steps[at]
-        else:
-            step = jnp.concatenate(
-                [
-                    jnp.broadcast_to(steps[pack.tokens, pl.ds(first, 1)], (sizes.tile, sizes.tile))
-                    for first in range(
-                        pack.head * sizes.dim, (pack.head + sizes.pack) * sizes.dim, sizes.dim
-                    )
-                ],
-                axis=1,
-            )
-        pairs = products[: sizes.tile] * step
-        read = products[sizes.tile :] * scale[pack.tile].row("from_past", pack.head)
-        d_totals = _sum(jnp.concatenate([pairs * wide(weights), C_turned * read], axis=0))
+        pairs, read = products[: sizes.tile], products[sizes.tile :]
+        read *= scale.row("from_past", pack.head)
+        read_again = for_pack(sizes, C_turned) * read
+        d_totals = _sum(jnp.concatenate([pairs * wide(weights), read_again], axis=0))
         store_row(d_rows.at[pack.tile], pack.head, d_totals, sizes.tile)
 
-        parts = pairs * decays, read, d_B_part
+        parts = over_registers(sizes, pairs * decays), over_registers(sizes, read), d_B_part
         before = sums.get(pack.tile)
         sums[pack.tile] = (
             parts if before is None else [x + y for x, y in zip(before, parts, strict=True)]
         )
-        if pack.head == sizes.heads - sizes.pack:
-            finish_tile(pack.tokens, *sums.pop(pack.tile))
+        return of_step
 
-    def finish_tile(tokens, d_similarities, d_C_turned, d_B_tile):
+    def of_last_pack(function):
+        """A stage of whole tiles: its last pack takes it there."""
+
+        def stage(pack, finished):
+            return function(pack, finished) if pack.head == sizes.heads - sizes.pack else None
+
+        return stage
+
+    def add_up(pack, of_step):
+        """Sums over channels, turned for whole registers of tokens; tiles come from the last."""
+        tiles = [of_step, *by_channel.pop(pack.head, [])]
+        if pack.tile * sizes.tile % LANES:
+            by_channel[pack.head] = tiles
+            return
+        turned = jnp.concatenate(tiles, axis=0).T
+        for i in range(sizes.pack):
+            of_head = turned[i * sizes.dim : (i + 1) * sizes.dim]
+            d_steps[pack.tile * sizes.tile // LANES, pl.ds(pack.head + i, 1)] = _sum(of_head)
+
+    @of_last_pack
+    def merge(pack, _):
+        d_similarities, d_C_turned, d_B_tile = sums.pop(pack.tile)
         d_similarities = d_similarities.astype(dtype)
-        d_B_tile += dot(d_similarities, repeated(sizes, C[tokens]), PLAIN)
-        d_C_turned += dot(B[tokens], d_similarities, ROWS)
-        shape = (sizes.tile, sizes.pack_tokens)
+        d_B_tile += dot(d_similarities, repeated(sizes, C[pack.tokens]), PLAIN)
+        return d_B_tile, (d_C_turned + dot(B[pack.tokens], d_similarities, ROWS)).astype(dtype)
+
+    @of_last_pack
+    def turn_back(pack, merged):
+        d_B_tile, d_C_turned = merged
+        shape = (sizes.tile, LANES)
         i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        d_C_tile = dot((i == j % sizes.tile).astype(dtype), d_C_turned.astype(dtype), LAST)
-        for part, wide_sum, out in ((d_B_tile, wide_d_B, d_B), (d_C_tile, wide_d_C, d_C)):
-            total = jnp.where(is_first, 0, wide_sum[tokens]) + part
-            wide_sum[tokens] = total
-            out[tokens] = total.astype(out.dtype)
+        return d_B_tile, dot((i == j % sizes.tile).astype(dtype), d_C_turned, LAST)
+
+    @of_last_pack
+    def put(pack, turned):
+        for part, wide_sum, out in zip(turned, (wide_d_B, wide_d_C), (d_B, d_C), strict=True):
+            if sizes.steps > 1:
+                part += jnp.where(is_first, 0, wide_sum[pack.tokens])
+                wide_sum[pack.tokens] = part
+            out[pack.tokens] = part.astype(out.dtype)
+        number, place = divmod(pack.tile * sizes.tile, LANES)
+        if place:
+            return None
+        in_register = LANES // sizes.tile
+        by_tile = [d_rows[number * in_register + i] for i in range(in_register)]
+        written = d_steps[number]
+        return written, from_rows(sizes, by_tile) + _at_end(sizes, d_ends[number]) - written
+
+    @of_last_pack
+    def settle(pack, of_totals):
+        """The gradients of dt and its decay, of 128 tokens."""
+        if of_totals is None:
+            return
+        written, d_total = of_totals
+        number = pack.tile * sizes.tile // LANES
+        lanes = pl.ds(number * LANES, LANES)
+        d_log_decay[:, lanes] = running_sums(d_total, LANES, reverse=True)
+        d_dt[:, lanes] = written / registers[number].step
 
     by_tile = sorted(packs(sizes), key=lambda pack: (-pack.tile, pack.head))
-    pipelined(by_tile, bring, prepare, multiply, advance, finish)
+    stages = (bring, prepare, multiply, advance, finish, add_up, merge, turn_back, put, settle)
+    pipelined(by_tile, *stages, together=TOGETHER)
+    if d_D is not None:
+        d_D[...] = _sum(wide(x[...]) * wide(d_y[...]))
 
 
-def _sum_channels(sizes, pack, x, sums) -> None:
-    """Puts sums over the channels of each head, [token, (head, channel)] -> [token, 1], into their lanes."""
-    for i in range(sizes.pack):
-        first = i * sizes.dim // LANES * LANES
-        part = x[:, first : max(first + LANES, (i + 1) * sizes.dim)]
-        if sizes.dim < LANES:
-            lane = jax.lax.broadcasted_iota(jnp.int32, part.shape, 1) + first
-            part = jnp.where(lane // sizes.dim == i, part, 0)
-        place = pack.tile * sizes.heads + pack.head + i
-        sums[:, place : place + 1] = jnp.sum(part, axis=1, keepdims=True)
-
-
-def _at_ends(sizes, d_ends):
-    """The sums over channels at the last token of each tile: [heads, tokens]."""
-    by_tile = []
-    for tile in range(sizes.tiles):
-        parts, sums = d_ends[tile], 0
-        shape = (sizes.heads, sizes.tile)
-        head = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-        token = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-        for i in range(max(1, LANES // sizes.dim)):
-            lane = jax.lax.broadcasted_iota(jnp.int32, parts.shape, 1)
-            part = jnp.where(lane // sizes.dim == i, parts, 0) if sizes.dim < LANES else parts
-            part = next_heads(jnp.sum(part, axis=1, keepdims=True), -i)
-            is_here = (head % max(1, LANES // sizes.dim) == i) & (token == sizes.tile - 1)
-            sums += jnp.where(is_here, part, 0)
-        by_tile.append(sums)
-    return jnp.concatenate(by_tile, axis=1)
+def _at_end(sizes, parts):
+    """Sums over channels, as `store_row` left them, at the last token: [heads, 128]."""
+    shape, sums = (sizes.heads, LANES), 0
+    head, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+    beside = max(1, LANES // sizes.dim)
+    for i in range(beside):
+        part = jnp.where(lane // sizes.dim == i, parts, 0) if beside > 1 else parts
+        part = next_heads(jnp.sum(part, axis=1, keepdims=True), -i)
+        sums += jnp.where((head % beside == i) & (lane == LANES - 1), part, 0)
+    return sums
 
 
 def _sum(x):

@@ -14,6 +14,8 @@ ROWS = 16
 MAX_CHANNELS = 512
 # The tiles of a grid step are unrolled: the compiler needs ten seconds for the backward of as many.
 MAX_CHUNK = 1024
+# Heads of all tiles of a grid step, which are unrolled too.
+MAX_HEADS = 128
 # The state of all heads of a group stays in VMEM, beside the blocks of a step.
 VMEM_BYTES = 32 * 2**20
 
@@ -92,8 +94,8 @@ def _flaw(sizes: Sizes, shape: Shape) -> str | None:
         return f"heads={heads} does not divide the heads of a group, {shape['per_group']}"
     if heads * shape["dim"] % LANES:
         return f"heads={heads} of {shape['dim']} channels are no multiple of {LANES}"
-    if heads * chunk // _tile(shape["dim"]) > LANES:
-        return f"heads={heads} times the tiles of chunk={chunk} are more than {LANES} columns"
+    if heads * chunk // _tile(shape["dim"]) > MAX_HEADS:
+        return f"heads={heads} times the tiles of chunk={chunk} are more than {MAX_HEADS}, unrolled"
     return None
 
 
@@ -136,7 +138,7 @@ def blocks(
             heads
             for heads in range(fewest, per_group + 1, fewest)
             if per_group % heads == 0
-            and (heads == fewest or (heads * dim <= MAX_CHANNELS and heads * tiles <= LANES))
+            and (heads == fewest or (heads * dim <= MAX_CHANNELS and heads * tiles <= MAX_HEADS))
         ),
         key=lambda heads: (_pack(heads, dim, width), heads),
     )
@@ -159,11 +161,12 @@ def vmem_bytes(sizes: Blocks, states: int, dtype) -> int:
     """Of the backward, which needs most: blocks are double-buffered, B and C have whole registers of lanes."""
     itemsize = jnp.dtype(dtype).itemsize
     lanes, states = _round_up(states, LANES), _round_up(states, ROWS)
-    by_channel = (2 * 3 + 1) * itemsize + 3 * 4
-    tokens = sizes.chunk * (by_channel * sizes.channels + 2 * 6 * lanes * 4)
-    state = (sizes.steps + sizes.tiles + 1 + 2 * 2 + 2) * sizes.channels * states * 4
-    rows = 2 * 8 * _round_up(sizes.heads, 8) * sizes.chunk * 4
-    weights = 8 * (sizes.tile + states) * sizes.pack_tokens * 4
+    tokens = sizes.chunk * (2 * 3 * itemsize * sizes.channels + (2 * 4 * itemsize + 2 * 4) * lanes)
+    state = sizes.channels * states
+    # As it travels and beside it; before each tile; the blocks of three more.
+    state *= sizes.steps * (4 + itemsize) + 2 * sizes.tiles * itemsize + 2 * 3 * 4
+    rows = (2 * 4 + 4) * _round_up(sizes.heads, 8) * sizes.chunk * 4
+    weights = 16 * (sizes.tile + states) * sizes.pack_tokens * 4
     return tokens + state + rows + weights
 
 

@@ -7,8 +7,9 @@ heads of a pack lie side by side on lanes and go through a product together: wit
 operand, so that both are one product: rows of the weights above rows of the state.
 
 What scales a token is wanted as a row, where tokens lie on lanes, and as a column, where they lie on sublanes. Both
-come from [heads, tokens]: `rows` brings neighbouring heads side by side, and `Columns` spreads
-a column over the lanes of its head.
+come from [heads, tokens]: `rows` brings neighbouring heads side by side, and `Columns` spreads a column over the lanes
+of its head. What heads share, as C · B, is computed for the heads of one register; a second register of the pack is
+the same.
 """
 
 import dataclasses
@@ -27,6 +28,10 @@ PLAIN = ((1,), (0,))
 LAST = ((1,), (1,))
 SUBLANES = 8
 LOG2_E = 1.4426950408889634
+# The exponent of what is 0 in float32. Less would only cost the sums with it their digits.
+NOTHING = -150.0
+# Instead of dt = 0, which has no logarithm: what a token with it writes is lost in rounding.
+LEAST_STEP = 2.0**-60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,24 +67,53 @@ def packs(sizes: Blocks) -> list[Pack]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Register:
+    """128 tokens: what decays and scales them, float32 [heads, tokens], of the heads of a grid step.
+
+    Attributes:
+        first: the first of its tokens in the chunk.
+        step: dt.
+        total: the sum of dt A / ln 2 from the beginning of the tile. A sum over the chunk would have fewer digits where
+            most of the weight is, between neighbours.
+        written: total - log2 dt: what a token writes is its x times 2 ** (total of the reader - this), one
+            product less in the backward. It has the digits of the total: a gradient is exact to 2 ** -24 of that.
+        marks: [4, tokens], `tpu.segment_marks`; None: one segment.
+    """
+
+    first: int
+    step: jax.Array
+    total: jax.Array
+    written: jax.Array
+    marks: jax.Array | None
+
+
+def all_registers(sizes: Blocks, dt, log_decay, marks) -> list[Register]:
+    """Those of a chunk, of refs [heads, tokens] and [4, tokens]."""
+    registers = []
+    for first in range(0, sizes.chunk, LANES):
+        lanes = pl.ds(first, LANES)
+        step = jnp.maximum(dt[:, lanes], LEAST_STEP)
+        total = running_sums(jnp.maximum(log_decay[:, lanes] * LOG2_E, NOTHING), sizes.tile)
+        of_tokens = None if marks is None else marks[:, lanes]
+        registers.append(Register(first, step, total, total - jnp.log2(step), of_tokens))
+    return registers
+
+
+@dataclasses.dataclass(frozen=True)
 class Scales:
     """What a tile multiplies its tokens with, as rows: in `row` of the first of neighbouring heads.
 
-    Decays come from sums over the tokens of one tile: a sum over the chunk would have fewer digits where most of the
-    weight is, between neighbours.
-
     Attributes:
         sizes: of the kernel.
-        dt: [heads, (head, token)].
-        total: [heads, (head, token)], the sum of dt A / ln 2 from the beginning of the tile.
+        step: [heads, (head, token)], as of its register; so is total.
         from_past: [heads, (head, token)], what is left of the state before the tile.
-        to_end: [heads, (head, token)], what is left at the end of the tile of what a token writes.
+        to_end: [heads, (head, token)], dt times what is left at the end of the tile of what a token writes.
         ends: [heads, (head, channel)], `total` of the last token.
         kept: [heads, (head, channel)], what is left at the end of the tile of the state before it.
     """
 
     sizes: Blocks
-    dt: jax.Array
+    step: jax.Array
     total: jax.Array
     from_past: jax.Array
     to_end: jax.Array
@@ -92,30 +126,28 @@ class Scales:
         return pack_row(self.sizes, getattr(self, name), head, width)
 
 
-def scales(sizes: Blocks, tile: int, dt, total, marks) -> Scales:
-    """Of dt and total [heads, tokens], and `tpu.segment_marks` of the chunk or None."""
-    last = (tile + 1) * sizes.tile - 1
-    ends = total[:, last : last + 1]
-    dt, total = (rows(sizes, tile, x) for x in (dt, total))
+def scales(sizes: Blocks, tile: int, of: Register) -> Scales:
+    """Of a tile of a register."""
+    last = (tile + 1) * sizes.tile - 1 - of.first
+    ends = of.total[:, last : last + 1]
+    step, total = (rows(sizes, tile, x) for x in (of.step, of.total))
     from_past, to_end = total, beside(ends, sizes.tile) - total
     ends = kept = beside(ends, sizes.dim)
-    if marks is not None:
-        from_past += rows(sizes, tile, marks[1:2])
-        to_end += rows(sizes, tile, marks[2:3])
-        kept += marks[3:4, last : last + 1]
-    return Scales(sizes, dt, total, *map(jnp.exp2, (from_past, to_end)), ends, jnp.exp2(kept))
+    if of.marks is not None:
+        from_past += rows(sizes, tile, of.marks[1:2])
+        to_end += rows(sizes, tile, of.marks[2:3])
+        kept += of.marks[3:4, last : last + 1]
+    from_past, to_end, kept = map(jnp.exp2, (from_past, to_end, kept))
+    return Scales(sizes, step, total, from_past, step * to_end, ends, kept)
 
 
-def running_sums(sizes: Blocks, x, *, reverse: bool = False):
-    """Sums from the beginning of each tile, or with `reverse` from its end, float32 [heads, tokens], as a product."""
+def running_sums(x, tile: int, *, reverse: bool = False):
+    """Sums from the beginning of each tile, or with `reverse` from its end, float32 [heads, 128], as a product."""
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
-    ones = (i >= j if reverse else i <= j) & (i // sizes.tile == j // sizes.tile)
-    registers = [x[:, first : first + LANES] for first in range(0, x.shape[1], LANES)]
-    parts = _parts(jnp.concatenate(registers, axis=0))
-    heads, count = x.shape[0], parts.shape[0] // 3
-    sums = dot(parts, ones.astype(jnp.bfloat16), PLAIN)
-    sums = sum(sums[i * count : (i + 1) * count] for i in range(3))
-    return jnp.concatenate([sums[i : i + heads] for i in range(0, count, heads)], axis=1)
+    ones = (i >= j if reverse else i <= j) & (i // tile == j // tile)
+    heads = x.shape[0]
+    sums = dot(_parts(x), ones.astype(jnp.bfloat16), PLAIN)
+    return sum(sums[i * heads : (i + 1) * heads] for i in range(3))
 
 
 def _parts(x):
@@ -128,13 +160,11 @@ def _parts(x):
 
 
 def rows(sizes: Blocks, tile: int, x):
-    """[heads, tokens] -> [heads, 128] of a tile: after the tokens of a head come those of the next."""
-    first = tile * sizes.tile // LANES * LANES
-    here = x[:, first : first + LANES]
+    """A tile of a register [heads, 128] -> [heads, 128]: after the tokens of a head come those of the next."""
     if sizes.tile == LANES:
-        return here
-    there = pltpu.roll(here, sizes.tile, 1)
-    low, high = (there, here) if tile % 2 else (here, there)
+        return x
+    there = pltpu.roll(x, sizes.tile, 1)
+    low, high = (there, x) if tile % 2 else (x, there)
     return jnp.where(_lane(low.shape) < sizes.tile, low, next_heads(high, 1))
 
 
@@ -173,17 +203,15 @@ def store_row(ref, head: int, x, width: int) -> None:
 
 
 def from_rows(sizes: Blocks, by_tile):
-    """The inverse of `rows`, of all tiles: a list of [heads, 128] -> [heads, tokens]."""
+    """The inverse of `rows`, of the tiles of a register: a list of [heads, 128] -> [heads, 128 tokens]."""
     if sizes.tile == LANES:
-        return jnp.concatenate(by_tile, axis=1)
-    registers = []
-    for even, odd in zip(by_tile[::2], by_tile[1::2], strict=True):
-        is_low = _lane(even.shape) < sizes.tile
-        first = jnp.where(is_low, even, pltpu.roll(odd, sizes.tile, 1))
-        second = jnp.where(is_low, pltpu.roll(even, sizes.tile, 1), odd)
-        head = jax.lax.broadcasted_iota(jnp.int32, even.shape, 0)
-        registers.append(jnp.where(head % 2 == 0, first, next_heads(second, -1)))
-    return jnp.concatenate(registers, axis=1)
+        return by_tile[0]
+    even, odd = by_tile
+    is_low = _lane(even.shape) < sizes.tile
+    first = jnp.where(is_low, even, pltpu.roll(odd, sizes.tile, 1))
+    second = jnp.where(is_low, pltpu.roll(even, sizes.tile, 1), odd)
+    head = jax.lax.broadcasted_iota(jnp.int32, even.shape, 0)
+    return jnp.where(head % 2 == 0, first, next_heads(second, -1))
 
 
 def column(x):
@@ -191,34 +219,35 @@ def column(x):
     return jnp.broadcast_to(x, (SUBLANES, x.shape[1])).T[:, :1]
 
 
+def on_matrix_unit(sizes: Blocks) -> bool:
+    """Whether `Columns` are for the matrix unit: one that is wide enough for the heads of two registers."""
+    return sizes.pack_channels > LANES
+
+
 class Columns:
-    """[heads, tokens], whose numbers are wanted in columns."""
+    """[heads, 128 tokens] of a register, whose numbers are wanted in columns."""
 
     def __init__(self, sizes: Blocks, x, *, on_matrix_unit: bool):
         self.sizes, self.x, self.on_matrix_unit = sizes, x, on_matrix_unit
-        self._of_register = functools.cache(self._of_register)
-        self._turned = functools.cache(self._turned)
+        # [tokens, 128], with a head in each lane.
+        self._turned = None if on_matrix_unit else jnp.pad(x.T, ((0, 0), (0, LANES - x.shape[0])))
+        self._spread_all = functools.cache(self._spread_all)
 
     def spread(self, tile: int, head: int, width: int):
         """Those of a pack that begins with `head`, each over `width` lanes: [token, (head, width)]."""
-        sizes, first = self.sizes, tile * self.sizes.tile
+        sizes, first = self.sizes, tile * self.sizes.tile % LANES
         if self.on_matrix_unit:
-            numbers = self._of_register(first // LANES, width)[first % LANES :][: sizes.tile]
+            numbers = self._spread_all(width)[first : first + sizes.tile]
             return numbers[:, head * width : (head + sizes.pack) * width]
-        column, parts = self._turned()[first : first + sizes.tile], []
+        column, parts = self._turned[first : first + sizes.tile], []
         for i in range(0, sizes.pack * width, LANES):
             place = (_lane(column.shape) + i) // width + head
             parts.append(jnp.take_along_axis(column, place, axis=1, mode="promise_in_bounds"))
         return jnp.concatenate(parts, axis=1)
 
-    def _turned(self):
-        """[tokens, 128], with a head in each lane."""
-        return jnp.pad(self.x.T, ((0, 0), (0, LANES - self.x.shape[0])))
-
-    def _of_register(self, register: int, width: int):
-        """[128 tokens, (head, width)] on the matrix unit, which takes a number in three parts."""
-        parts = _parts(self.x[:, register * LANES : (register + 1) * LANES])
-        heads = self.x.shape[0]
+    def _spread_all(self, width: int):
+        """[tokens, (head, width)] on the matrix unit, which takes a number in three parts."""
+        parts, heads = _parts(self.x), self.x.shape[0]
         shape = (3 * heads, heads * width)
         head, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
         is_own = (head % heads == lane // width).astype(jnp.bfloat16)
@@ -229,45 +258,67 @@ def _lane(shape):
     return jax.lax.broadcasted_iota(jnp.int32, shape, 1)
 
 
-def block_diagonal(sizes: Blocks, x):
-    """[token, (head, channel)] -> [(head, token), (head, channel)], 0 for two different heads."""
-    if sizes.pack == 1:
-        return x
-    bits = pltpu.bitcast(x, jnp.uint32)
-    head = jax.lax.broadcasted_iota(jnp.int32, bits.shape, 1) // sizes.dim
-    by_head = [jnp.where(head == h, bits, 0) for h in range(sizes.pack)]
-    return pltpu.bitcast(jnp.concatenate(by_head, axis=0), x.dtype)
+def head_blocks(sizes: Blocks, x):
+    """[token, (head, channel)] -> for the heads of each register, [(head, token), (head, channel)], 0 for two different
+    heads."""
+    lanes = max(LANES, sizes.dim)
+    parts = [x[:, first : first + lanes] for first in range(0, sizes.pack_channels, lanes)]
+    if sizes.dim >= LANES:
+        return parts
+    blocks = []
+    for part in parts:
+        bits = pltpu.bitcast(part, jnp.uint32)
+        head = _lane(bits.shape) // sizes.dim
+        by_head = [jnp.where(head == h, bits, 0) for h in range(lanes // sizes.dim)]
+        blocks.append(pltpu.bitcast(jnp.concatenate(by_head, axis=0), x.dtype))
+    return blocks
+
+
+def block_diagonal(blocks):
+    """The blocks along a diagonal."""
+    rows = []
+    for i, block in enumerate(blocks):
+        row = [jnp.zeros_like(block)] * len(blocks)
+        row[i] = block
+        rows.append(jnp.concatenate(row, axis=1))
+    return jnp.concatenate(rows, axis=0)
 
 
 def repeated(sizes: Blocks, x):
-    """[token, N] -> [(head, token), N], the same for each head."""
-    return jnp.concatenate([x] * sizes.pack, axis=0)
+    """[token, N] -> [(head, token), N] for the heads of a register, the same for each."""
+    return jnp.concatenate([x] * max(1, LANES // sizes.tile), axis=0)
 
 
-def causal(sizes: Blocks, tile: int, marks, *, reading_on_rows: bool):
-    """Bool [token i, (head, token j)]: whether the reading token sees the writing one, of its segment and not after it.
+def for_pack(sizes: Blocks, x):
+    """[rows, (head, token)] of the heads of a register -> of a pack, the same for all."""
+    return jnp.concatenate([x] * (sizes.pack_tokens // x.shape[1]), axis=1)
 
-    Reading tokens are i if `reading_on_rows`, or else j.
+
+def over_registers(sizes: Blocks, x):
+    """The sum over a pack's registers, [rows, (head, token)] -> the same for the heads of one."""
+    return sum(x[:, first : first + LANES] for first in range(0, sizes.pack_tokens, LANES))
+
+
+def unseen(sizes: Blocks, tile: int, marks, *, reading_on_rows: bool):
+    """What to add to exponents [token i, (head, token j)]: 0 where the reading token sees the writing one, of its
+    segment and not after it, and else -inf.
+
+    Reading tokens are i if `reading_on_rows`, or else j. `marks` are those of the tile's register.
     """
     shape = (sizes.tile, sizes.pack_tokens)
     i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     j %= sizes.tile
-    order = j <= i if reading_on_rows else i <= j
-    if marks is None:
-        return order
-    segment = pack_row(sizes, rows(sizes, tile, marks[0:1]), 0, sizes.tile)
-    return order & (column(segment)[: sizes.tile] == segment)
+    seen = j <= i if reading_on_rows else i <= j
+    if marks is not None:
+        segment = pack_row(sizes, rows(sizes, tile, marks[0:1]), 0, sizes.tile)
+        seen &= column(segment)[: sizes.tile] == segment
+    return jnp.where(seen, 0.0, -jnp.inf)
 
 
 def similarity(sizes: Blocks, x, y):
-    """x_i · y_j, float32 [token i, (head, token j)], and below it y turned, [N, (head, token j)]: one product."""
+    """x_i · y_j, float32 [token i, (head, token j)], and y turned, [N, (head, token j)], of a register's heads."""
     y = repeated(sizes, y)
     return dot(x, y, LAST), wide(y.T)
-
-
-def decay(is_seen, exponent):
-    """2 ** exponent, 0 for what is not seen, where it may be large."""
-    return jnp.exp2(jnp.where(is_seen, exponent, -jnp.inf))
 
 
 def wide(x):

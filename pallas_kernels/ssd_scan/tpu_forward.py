@@ -14,24 +14,30 @@ from jax.experimental import pallas as pl
 from pallas_kernels.pipelined import pipelined
 from pallas_kernels.ssd_scan.tpu_blocks import LANES
 from pallas_kernels.ssd_scan.tpu_chunk import (
-    LOG2_E,
     PLAIN,
     Columns,
     Spec,
+    all_registers,
     block_diagonal,
-    causal,
     column,
-    decay,
     dot,
+    for_pack,
+    head_blocks,
+    on_matrix_unit,
     packs,
-    running_sums,
     scales,
     similarity,
+    unseen,
     wide,
 )
 
+# Channels of the packs that a stage takes one after the other.
+TOGETHER = 512
 
-def kernel(spec: Spec, x, dt, log_decay, B, C, D, marks, initial, y, last, past, carry) -> None:
+
+def kernel(
+    spec: Spec, x, dt, log_decay, B, C, D, marks, initial, y, last, pasts, carry, mask
+) -> None:
     """The grid is batch x groups x chunks x steps of heads.
 
     Args:
@@ -46,8 +52,9 @@ def kernel(spec: Spec, x, dt, log_decay, B, C, D, marks, initial, y, last, past,
         initial: ref float32 [N, channels], the state before the first chunk.
         y: ref [tokens, channels].
         last: ref float32 [N, channels], the state after the last chunk.
-        past: ref [N, channels], the state before this chunk; None: not wanted.
+        pasts: ref [tiles, N, channels], the state before each tile; None: not wanted.
         carry: scratch float32 [steps, N, channels].
+        mask: scratch float32 [tokens of a tile, (head, token)], `tpu_chunk.unseen` where there are no marks.
     """
     sizes, chunk, step = spec.blocks, pl.program_id(2), pl.program_id(3)
 
@@ -55,39 +62,44 @@ def kernel(spec: Spec, x, dt, log_decay, B, C, D, marks, initial, y, last, past,
     def _():
         carry[step] = initial[...]
 
-    if past is not None:
-        past[...] = carry[step].astype(past.dtype)
-    total = running_sums(sizes, log_decay[...] * LOG2_E)
-    totals = Columns(sizes, total, on_matrix_unit=sizes.pack_channels > LANES)
+    if marks is None:
+        mask[...] = unseen(sizes, 0, None, reading_on_rows=True)
     resets = None if marks is None else column(marks[1:2])
+
+    registers = all_registers(sizes, dt, log_decay, marks)
+    totals = [Columns(sizes, of.total, on_matrix_unit=on_matrix_unit(sizes)) for of in registers]
 
     @functools.cache
     def of_tile(tile):
+        of = registers[tile * sizes.tile // LANES]
         tokens = pl.ds(tile * sizes.tile, sizes.tile)
-        seen = causal(sizes, tile, marks, reading_on_rows=True)
-        return (
-            scales(sizes, tile, dt[...], total, marks),
-            seen,
-            *similarity(sizes, C[tokens], B[tokens]),
-        )
+        hidden = mask[...] if marks is None else unseen(sizes, tile, of.marks, reading_on_rows=True)
+        return scales(sizes, tile, of), hidden, *similarity(sizes, C[tokens], B[tokens])
 
     def bring(pack, _):
         of_tile(pack.tile)
-        for_tokens = totals.spread(pack.tile, pack.head, sizes.tile)
+        columns = totals[pack.tile * sizes.tile // LANES]
+        for_tokens = columns.spread(pack.tile, pack.head, sizes.tile)
         is_same = sizes.dim == sizes.tile
-        return for_tokens, for_tokens if is_same else totals.spread(pack.tile, pack.head, sizes.dim)
+        return for_tokens, for_tokens if is_same else columns.spread(
+            pack.tile, pack.head, sizes.dim
+        )
 
     def prepare(pack, brought):
         """The operands of the products, and what is left of the state before the tile."""
         for_tokens, for_channels = brought
-        scale, is_seen, similarities, turned = of_tile(pack.tile)
-        decays = decay(is_seen, for_tokens - scale.row("total", pack.head))
-        weights = similarities * decays * scale.row("dt", pack.head)
-        write = turned * (scale.row("to_end", pack.head) * scale.row("dt", pack.head))
+        scale, hidden, similarities, turned = of_tile(pack.tile)
+        decays = jnp.exp2(for_tokens - scale.row("total", pack.head) + hidden)
+        write = for_pack(sizes, turned) * scale.row("to_end", pack.head)
+        weights = for_pack(sizes, similarities) * decays * scale.row("step", pack.head)
         left = jnp.concatenate([weights, write], axis=0).astype(x.dtype)
         if resets is not None:
             for_channels += resets[pack.tile * sizes.tile :][: sizes.tile]
-        return left, block_diagonal(sizes, x[pack.tokens, pack.channels]), jnp.exp2(for_channels)
+        return (
+            left,
+            block_diagonal(head_blocks(sizes, x[pack.tokens, pack.channels])),
+            jnp.exp2(for_channels),
+        )
 
     def multiply(pack, prepared):
         left, right, from_past = prepared
@@ -96,7 +108,10 @@ def kernel(spec: Spec, x, dt, log_decay, B, C, D, marks, initial, y, last, past,
     def advance(pack, multiplied):
         sums, from_past = multiplied
         state = carry[step, :, pack.channels]
-        read = dot(C[pack.tokens], state.astype(x.dtype), PLAIN)
+        rounded = state.astype(x.dtype)
+        if pasts is not None:
+            pasts[pack.tile, :, pack.channels] = rounded
+        read = dot(C[pack.tokens], rounded, PLAIN)
         kept = state * of_tile(pack.tile)[0].row("kept", pack.head)
         carry[step, :, pack.channels] = kept + sums[sizes.tile :]
         return sums[: sizes.tile], read, from_past
@@ -108,7 +123,8 @@ def kernel(spec: Spec, x, dt, log_decay, B, C, D, marks, initial, y, last, past,
             output += wide(x[pack.tokens, pack.channels]) * D[:, pack.channels]
         y[pack.tokens, pack.channels] = output.astype(y.dtype)
 
-    pipelined(packs(sizes), bring, prepare, multiply, advance, put)
+    stages = (bring, prepare, multiply, advance, put)
+    pipelined(packs(sizes), *stages, together=max(2, TOGETHER // sizes.pack_channels))
 
     @pl.when(chunk == pl.num_programs(2) - 1)
     def _():

@@ -221,17 +221,17 @@ def test_compiles_for_tpu(chip, shape, dtype, has_segments):
     # One state a token would be 32 times the inputs and more.
     if shape[1] > 1000:
         size = sum(np.prod(x.shape) * x.dtype.itemsize for x in inputs.values())
-        assert compiled.memory_analysis().temp_size_in_bytes < 4 * size
+        assert compiled.memory_analysis().temp_size_in_bytes < 5 * size
 
 
 @needs_libtpu
 def test_without_gradients_no_state_leaves_the_kernel_but_the_last():
     inputs = shapes(1, 2048, 4, 64, 1, 128, "bfloat16")
-    chunks = r"bf16\[1,4,128,256\]"  # the state before each of 4 chunks
+    tiles = r"bf16\[1,32,128,256\]"  # the state before each of 32 tiles
     forward = topology.compile_for("v5e", lambda x: ssd_scan(**x), inputs)
-    assert not re.search(chunks, forward.as_text())
+    assert not re.search(tiles, forward.as_text())
     with_gradients = compile_with_gradients("v5e", ssd_scan, inputs)
-    assert re.search(chunks, with_gradients.as_text())
+    assert re.search(tiles, with_gradients.as_text())
 
 
 @needs_libtpu
