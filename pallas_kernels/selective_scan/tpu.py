@@ -15,7 +15,12 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.dispatch import target
 from pallas_kernels.residuals import keep
 from pallas_kernels.selective_scan import tpu_backward
-from pallas_kernels.selective_scan.tpu_blocks import LANES, block_channels, chunk_tokens
+from pallas_kernels.selective_scan.tpu_blocks import (
+    LANES,
+    block_channels,
+    chunk_tokens,
+    matrix_width,
+)
 from pallas_kernels.selective_scan.tpu_tile import (
     LOG2_E,
     STEP,
@@ -32,6 +37,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     in_columns,
     row,
     rows_of_steps,
+    stack,
     step_tokens,
     widened,
 )
@@ -79,12 +85,11 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
         dtype=u.dtype.name,
     )
     chunk = chunk_tokens(
-        target().device_kind,
         time=u.shape[1],
         block_states=block * A.shape[0],
         dtype=u.dtype.name,
     )
-    spec = Spec(block, chunk, interpreter(interpret, u))
+    spec = Spec(block, chunk, matrix_width(target().device_kind), interpreter(interpret, u))
     y, state = _scan(spec, u, delta, A, B, C, D, z, resets, state)
     return y[:, :time, :channels], state[:, :states, :channels].swapaxes(1, 2)
 
@@ -153,6 +158,7 @@ def _kernel(
     if past is not None:
         past[...] = state[...]
     base2_A = A[...] * LOG2_E
+    rounded = u.dtype == jnp.bfloat16
 
     def prepare(index, slot):
         tokens = step_tokens(index)
@@ -164,14 +170,14 @@ def _kernel(
     def advance(index, slot):
         tokens = step_tokens(index)
         from_state = by_state(C[tokens])
-        for part in spec.parts:
+        for part in spec.parts():
             h, passed = state[:, part], []
             for t in range(STEP):
                 kept = decay(row(steps, slot, t, part), base2_A[:, part], resets, STEP * index + t)
                 h = kept * h + row(inputs, slot, t, part) * widened(to_state[slot, t], part)
                 passed.append(h)
             state[:, part] = h
-            total = dot(from_state, jnp.concatenate(passed, axis=0).astype(y.dtype))
+            total = dot(from_state, stack(passed), rounded=rounded)
             if D is not None:
                 total += D[:, part] * u[tokens, part].astype(jnp.float32)
             if z is not None:

@@ -29,6 +29,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     own,
     row,
     rows_of_steps,
+    stack,
     step_tokens,
     widened,
 )
@@ -82,7 +83,12 @@ def backward(spec: Spec, saved, cotangents):
         ),
         out_specs=tuple(block for _, block in outputs.values()),
         out_shape=tuple(shape for shape, _ in outputs.values()),
-        scratch_shapes=(*rows_of_steps(spec, 2), columns_of_steps(states), chunk_of_states),
+        scratch_shapes=(
+            *rows_of_steps(spec, 2),
+            columns_of_steps(states),
+            chunk_of_states,
+            pltpu.VMEM((2, STEP, STEP * states), jnp.float32),
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
@@ -99,12 +105,12 @@ def backward(spec: Spec, saved, cotangents):
 def _kernel(
     spec, u, delta, A, B_columns, C_columns, B, C, D, z, resets, past, d_y, d_last,
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, adjoint,
-    steps, others, spread, states,
+    steps, others, spread, states, products,
 ):  # fmt: skip
     """One chunk of one block of channels. The gradient of the first state holds the adjoint from chunk to chunk.
 
     Scratch: of the steps in both slots Δ, what else there is of each token, and the columns that are wanted, spread
-    over lanes; the states before and after each token of the chunk.
+    over lanes; the states before and after each token of the chunk; of both slots products over channels.
     """
 
     @pl.when(pl.program_id(2) == 0)
@@ -118,20 +124,20 @@ def _kernel(
     states[0] = past[...]
     _walk(
         spec, u, delta, base2_A, B_columns, C, D, z, resets, d_y, d_C, d_D, d_z,
-        steps, others, spread, states,
+        steps, others, spread, states, products,
     )  # fmt: skip
     _walk_back(
         spec, u, delta, base2_A, C_columns, B, D, z, resets, d_y, d_u, d_delta, d_A, d_B, adjoint,
-        steps, others, spread, states,
+        steps, others, spread, states, products,
     )  # fmt: skip
 
 
 def _walk(
     spec, u, delta, base2_A, B_columns, C, D, z, resets, d_y, d_C, d_D, d_z,
-    steps, inputs, to_state, states,
+    steps, inputs, to_state, states, products,
 ):  # fmt: skip
     """The states of the chunk, and with each step's at hand the gradients of C, D and z."""
-    dtype = u.dtype
+    dtype, rounded = u.dtype, u.dtype == jnp.bfloat16
 
     def prepare(index, slot):
         tokens = step_tokens(index)
@@ -141,17 +147,17 @@ def _walk(
 
     def advance(index, slot):
         tokens, to_C = step_tokens(index), 0
-        for part in spec.parts:
+        for part in spec.parts():
             h, passed = states[STEP * index, :, part], []
             for t in range(STEP):
                 kept = decay(row(steps, slot, t, part), base2_A[:, part], resets, STEP * index + t)
                 h = kept * h + row(inputs, slot, t, part) * widened(to_state[slot, t], part)
                 states[STEP * index + t + 1, :, part] = h
                 passed.append(h)
-            passed = jnp.concatenate(passed, axis=0).astype(dtype)
+            passed = stack(passed)
             d_read = _wide(d_y[tokens, part])
             if z is not None:
-                ungated = dot(by_state(C[tokens]), passed)
+                ungated = dot(by_state(C[tokens]), passed, rounded=rounded)
                 if D is not None:
                     ungated += D[:, part] * _wide(u[tokens, part])
                 gate = _wide(z[tokens, part])
@@ -162,18 +168,21 @@ def _walk(
             if D is not None:
                 d_skip = d_read * _wide(u[tokens, part])
                 d_D[:, part] += jnp.sum(d_skip, axis=0, keepdims=True)
-            to_C += dot(d_read.astype(dtype), passed, LAST)
-        d_C[tokens] = of_own(to_C, dtype)
+            to_C += dot(d_read, passed, LAST, rounded=rounded)
+        products[slot] = to_C
 
-    for_each_step(spec, prepare, advance)
+    def finish(index, slot):
+        d_C[step_tokens(index)] = of_own(products[slot], dtype)
+
+    for_each_step(spec, prepare, advance, finish)
 
 
 def _walk_back(
     spec, u, delta, base2_A, C_columns, B, D, z, resets, d_y, d_u, d_delta, d_A, d_B, adjoint,
-    steps, d_reads, from_state, states,
+    steps, d_reads, from_state, states, products,
 ):  # fmt: skip
     """The adjoints of the chunk's states, and the gradients that are sums of them."""
-    dtype, num_states = u.dtype, B.shape[1]
+    dtype, rounded, num_states = u.dtype, u.dtype == jnp.bfloat16, B.shape[1]
 
     def prepare(index, slot):
         tokens = step_tokens(index)
@@ -184,8 +193,10 @@ def _walk_back(
 
     def advance(index, slot):
         tokens, to_B = step_tokens(index), 0
-        writing, every = by_state(B[tokens]), own(num_states).astype(dtype)
-        for part in spec.parts:
+        writing = by_state(B[tokens], reverse=True)
+        every = own(num_states, reverse=True).astype(jnp.float32)
+        # Three products take their tiles at once: each part is one tile wide, so that few are on their way together.
+        for part in spec.parts(spec.matrix_width):
             g, to_A = adjoint[:, part], d_A[:, part]
             passed, d_exponents = [], []
             for t in reversed(range(STEP)):
@@ -197,9 +208,8 @@ def _walk_back(
                 to_A += d_exponent * step
                 d_exponents.append(d_exponent * base2_A[:, part])
             adjoint[:, part], d_A[:, part] = g, to_A
-            passed, d_exponents = (
-                jnp.concatenate(x[::-1], axis=0).astype(dtype) for x in (passed, d_exponents)
-            )
+            # The adjoints go into two products and are converted once; the others are rounded by the matrix unit.
+            passed, d_exponents = stack(passed).astype(dtype), stack(d_exponents)
             step, d_write = steps[slot, :, part], dot(writing, passed)
             wide_u = _wide(u[tokens, part])
             to_B += dot((step * wide_u).astype(dtype), passed, LAST)
@@ -207,11 +217,14 @@ def _walk_back(
             if D is not None:
                 to_u += D[:, part] * d_reads[slot, :, part]
             d_u[tokens, part] = to_u.astype(d_u.dtype)
-            to_delta = dot(every, d_exponents) / LOG2_E + d_write * wide_u
+            to_delta = dot(every, d_exponents, rounded=rounded) / LOG2_E + d_write * wide_u
             d_delta[tokens, part] = to_delta.astype(d_delta.dtype)
-        d_B[tokens] = of_own(to_B, dtype)
+        products[slot] = to_B
 
-    for_each_step(spec, prepare, advance, reverse=True)
+    def finish(index, slot):
+        d_B[step_tokens(index)] = of_own(products[slot], dtype, reverse=True)
+
+    for_each_step(spec, prepare, advance, finish, reverse=True)
 
 
 def _wide(x):

@@ -29,17 +29,25 @@ TABLE = Table(
 )
 
 
-def chunk_tokens(device_kind: str, *, time: int, block_states: int, dtype: str) -> int:
-    """Tokens a chunk: of two registers these share what a grid step begins with, but by the schedules not on v6e.
+def chunk_tokens(*, time: int, block_states: int, dtype: str) -> int:
+    """Tokens a chunk: of two registers, where there is room, these share what a grid step begins with.
 
     Args:
-        device_kind: as `jax.Device.device_kind` says.
         time: T, filled up to a multiple of 128.
         block_states: channels x states of a block.
         dtype: of u.
     """
     fits = dtype == "bfloat16" and 2 * block_states <= MOST_STATES
-    return 2 * LANES if fits and time % (2 * LANES) == 0 and "v6" not in device_kind else LANES
+    return 2 * LANES if fits and time % (2 * LANES) == 0 else LANES
+
+
+def matrix_width(device_kind: str) -> int:
+    """Rows and columns of a matrix unit.
+
+    Args:
+        device_kind: as `jax.Device.device_kind` says.
+    """
+    return 2 * LANES if "v6" in device_kind else LANES
 
 
 def block_channels(device_kind: str, *, time: int, channels: int, states: int, dtype: str) -> int:

@@ -5,7 +5,9 @@ spread over the sublanes of a state as they are loaded. B_t and C_t are columns 
 lanes; a block of many channels shares that work.
 
 The vector unit has most to do, so that sums over the states or the channels of a token are left to the matrix unit: the
-states of `STEP` tokens below each other are one operand, and of each token only its own place in the product counts.
+states of `STEP` tokens below each other are one operand, and of each token only its own place in the product counts. A
+matrix unit takes the rows of this operand tile by tile, and a tile from its last row up. So the token that comes first
+lies last in its tile (`place_of`): its states leave the registers at once, which else spill what waits for its turn.
 """
 
 import dataclasses
@@ -23,9 +25,12 @@ PLAIN = ((1,), (0,))
 LAST = ((1,), (1,))
 # Tokens of a step of the loops: the rows of a bfloat16 register.
 STEP = 16
+# Rows of an operand that a matrix unit takes one after the other, the last first, on all chips.
+ROWS_OF_A_TILE = 128
 LOG2_E = 1.4426950408889634
-# A chunk of states in the backward is 17 MiB at the most; blocks and rows of the chunk take 9.
-VMEM_LIMIT = 32 * 2**20
+# A chunk of states in the backward is 17 MiB at the most; blocks and rows of the chunk take 9, and what the compiler
+# spills of float32 products, whose operands it splits, up to 11.
+VMEM_LIMIT = 48 * 2**20
 # Channels whose states are in registers together.
 MOST_IN_REGISTERS = 2 * LANES
 
@@ -37,21 +42,22 @@ class Spec:
     Attributes:
         channels: channels a block, a multiple of 128.
         chunk: tokens a grid step, a multiple of 128: B and C have tokens on lanes.
+        matrix_width: rows and columns of a matrix unit, 128 or 256.
         interpret: as `pallas_call` has it.
     """
 
     channels: int
     chunk: int
+    matrix_width: int
     interpret: object
 
-    @property
-    def parts(self) -> list[slice]:
+    def parts(self, most: int = MOST_IN_REGISTERS) -> list[slice]:
         """Of a block, the channels that go through a step in time together, beside what it needs of them.
 
         A block has more, so that its parts share the columns of B and C.
         """
-        starts = range(0, self.channels, MOST_IN_REGISTERS)
-        return [slice(i, min(i + MOST_IN_REGISTERS, self.channels)) for i in starts]
+        starts = range(0, self.channels, most)
+        return [slice(i, min(i + most, self.channels)) for i in starts]
 
 
 class Blocks:
@@ -82,12 +88,13 @@ def step_tokens(index):
     return pl.ds(pl.multiple_of(STEP * index, STEP), STEP)
 
 
-def for_each_step(spec: Spec, prepare, advance, *, reverse: bool = False) -> None:
-    """Takes the steps of a chunk through two stages, each called with the number of a step and a slot, 0 or 1 in turn,
-    for what the first leaves to the second.
+def for_each_step(spec: Spec, prepare, advance, finish=None, *, reverse: bool = False) -> None:
+    """Takes the steps of a chunk through its stages, each called with the number of a step and a slot, 0 or 1 in turn,
+    for what a stage leaves to the next.
 
-    A step is prepared before the one ahead of it advances, since columns take long to come to their lanes. Four steps
-    of the loop are unrolled: at its end the last products are waited for.
+    A step is prepared before the one ahead of it advances, since columns take long to come to their lanes, and finished
+    after the next has advanced, since products take long to leave the matrix unit. Four steps of the loop are unrolled:
+    at its end the last products are waited for.
     """
     count = spec.chunk // STEP
 
@@ -99,44 +106,81 @@ def for_each_step(spec: Spec, prepare, advance, *, reverse: bool = False) -> Non
             # After the last comes the first again, for nothing.
             prepare(number((4 * i + j + 1) % count), (j + 1) % 2)
             advance(number(4 * i + j), j % 2)
+            if finish is not None:
+                # Before the first comes the last, for nothing: what it writes is written again at the end.
+                finish(number((4 * i + j + count - 1) % count), (j + 1) % 2)
 
     prepare(number(0), 0)
     jax.lax.fori_loop(0, count // 4, four, None)
+    if finish is not None:
+        finish(number(count - 1), (count - 1) % 2)
 
 
-def own(states: int):
-    """Bool [STEP, STEP * N]: whether the state of column (token, state) is of the token of the row."""
-    token, place = _rows_and_columns((STEP, STEP * states))
-    return place // states == token
+def place_of(token, states: int, *, reverse: bool = False):
+    """Where in a stack of the states of a step those of a token are, and which token's are at a place: its own inverse.
+
+    Args:
+        token: 0 to STEP - 1.
+        states: N.
+        reverse: whether the last token comes first.
+    """
+    in_a_tile = 1 << (max(1, ROWS_OF_A_TILE // states).bit_length() - 1)
+    return token ^ (min(in_a_tile, STEP) - 1) ^ (STEP - 1 if reverse else 0)
+
+
+def stack(of_tokens: list):
+    """[N, part] of each token in the order in which they came -> [STEP * N, part]."""
+    states = of_tokens[0].shape[0]
+    return jnp.concatenate([of_tokens[place_of(i, states)] for i in range(STEP)], axis=0)
+
+
+def own(states: int, *, reverse: bool = False):
+    """Bool [STEP, STEP * N]: whether the state of a column of a stack is of the token of the row."""
+    token, column = _rows_and_columns((STEP, STEP * states))
+    return column // states == place_of(token, states, reverse=reverse)
 
 
 def repeats(states: int, dtype):
     """[N, STEP * N] of 0 and 1, to multiply with: every token's copy of the states."""
-    state, place = _rows_and_columns((states, STEP * states))
-    return (place % states == state).astype(dtype)
+    state, column = _rows_and_columns((states, STEP * states))
+    return (column % states == state).astype(dtype)
 
 
 def _rows_and_columns(shape):
     return (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
 
-def by_state(x):
+def by_state(x, *, reverse: bool = False):
     """[STEP, N] -> [STEP, STEP * N]: numbers of a token in the columns of its states, and 0 in those of others."""
     states = x.shape[1]
-    return jnp.where(own(states), dot(x, repeats(states, x.dtype)), 0).astype(x.dtype)
+    spread = dot(x, repeats(states, x.dtype))
+    return jnp.where(own(states, reverse=reverse), spread, 0).astype(x.dtype)
 
 
-def of_own(x, dtype):
+def of_own(x, dtype, *, reverse: bool = False):
     """The inverse, which drops what is in the columns of others."""
     states = x.shape[1] // STEP
-    return dot(jnp.where(own(states), x, 0).astype(dtype), repeats(states, dtype), LAST)
+    mine = jnp.where(own(states, reverse=reverse), x, 0).astype(dtype)
+    return dot(mine, repeats(states, dtype), LAST)
 
 
-def dot(x, y, contracted=PLAIN):
-    """A product with float32 sums; float32 operands are not rounded to the bfloat16 of the matrix unit."""
-    precision = "highest" if x.dtype == jnp.float32 else "default"
+def dot(x, y, contracted=PLAIN, *, rounded: bool = False):
+    """A product with float32 sums.
+
+    Args:
+        x: one operand, converted to the dtype of the other.
+        y: the other.
+        contracted: dimensions.
+        rounded: whether the matrix unit may round float32 operands to its bfloat16: it takes them as they are, which
+            spares the vector unit the conversion.
+    """
+    precision = "highest" if y.dtype == jnp.float32 and not rounded else "default"
     return jax.lax.dot_general(
-        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32
+        x.astype(y.dtype),
+        y,
+        (contracted, ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
     )
 
 
