@@ -25,7 +25,7 @@ PLAIN = ((1,), (0,))
 LAST = ((1,), (1,))
 # Tokens of a step of the loops: the rows of a bfloat16 register.
 STEP = 16
-# Rows of an operand that a matrix unit takes one after the other, the last first: so the schedules for v5e and v6e have it.
+# Rows of an operand that a matrix unit takes one after the other, the last first, by the schedules for v5e and v6e.
 ROWS_OF_A_TILE = 128
 LOG2_E = 1.4426950408889634
 # A chunk of states in the backward is 17 MiB at the most; blocks and rows of the chunk take 9, and what the compiler
