@@ -20,8 +20,9 @@ from pallas_kernels.softmax.tpu_blocks import LANES, ROWS, Blocks, one_pass_bloc
 from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like, vary_alike
 
-# Columns of 16 rows that are read into registers at once, with one exponent for each lane.
-GROUP = 16 * LANES
+# Columns of 16 rows that are read into registers at once, with one exponent for each lane; of the cross-entropy, which
+# looks for labels too, so many that none is spilled.
+GROUP, LABELED_GROUP = 32 * LANES, 16 * LANES
 LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
@@ -235,7 +236,7 @@ def _cross_entropy_kernel(
         out[0] = jnp.where(lane == 2, label_logit, by_lane).T[:3]
 
     sums = [(mantissas, 0), (exponents, LOWEST), (label_logits, 0)]
-    _accumulate(step, is_last, logits, add, sums, finish)
+    _accumulate(step, is_last, logits, add, sums, finish, LABELED_GROUP)
 
 
 def _add_exponentials(x, lanes) -> Extended:
@@ -264,7 +265,7 @@ def _sum_of_lanes(mantissas, exponents) -> Extended:
     return Extended(scaled.sum(axis=1, keepdims=True), exponent)
 
 
-def _accumulate(step, is_last, block, add, sums, finish) -> None:
+def _accumulate(step, is_last, block, add, sums, finish, group=GROUP) -> None:
     """One step of sums over the last axis of the grid; `finish` is called after the last.
 
     `sums`: pairs of a scratch ref and what it begins with. `add(rows, columns, carry)` adds a group of columns to the
@@ -279,9 +280,8 @@ def _accumulate(step, is_last, block, add, sums, finish) -> None:
     @pl.loop(0, block.shape[0] // ROWS)
     def _(i):
         rows = _rows(i)
-        lanes = _fold_groups(
-            block, functools.partial(add, rows), tuple(ref[rows] for ref, _ in sums)
-        )
+        before = tuple(ref[rows] for ref, _ in sums)
+        lanes = _fold_groups(block, functools.partial(add, rows), before, group)
         for (ref, _), value in zip(sums, lanes, strict=True):
             ref[rows] = value
 
@@ -293,22 +293,22 @@ def _write(block, write) -> None:
 
     @pl.loop(0, block.shape[0] // ROWS)
     def _(i):
-        _fold_groups(block, lambda columns, _: write(_rows(i), columns), None)
+        _fold_groups(block, lambda columns, _: write(_rows(i), columns), None, GROUP)
 
 
 def _rows(i):
     return pl.ds(pl.multiple_of(i * ROWS, ROWS), ROWS)
 
 
-def _fold_groups(block, function, carry):
+def _fold_groups(block, function, carry, group):
     """Folds `function(columns, carry)` over the columns of a block; the last group may be narrower."""
-    whole, rest = divmod(block.shape[1], GROUP)
+    whole, rest = divmod(block.shape[1], group)
 
     def step(g, carry):
-        return function(pl.ds(pl.multiple_of(g * GROUP, GROUP), GROUP), carry)
+        return function(pl.ds(pl.multiple_of(g * group, group), group), carry)
 
     carry = jax.lax.fori_loop(0, whole, step, carry) if whole else carry
-    return function(pl.ds(whole * GROUP, rest), carry) if rest else carry
+    return function(pl.ds(whole * group, rest), carry) if rest else carry
 
 
 def _masked(spec, step, columns, x, fill):
