@@ -53,8 +53,9 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     wide,
 )
 
-# Packs that a stage takes one after the other.
+# Packs that a stage takes one after the other, and of the first of them.
 TOGETHER = 4
+FIRST = 2
 
 
 def kernel(
@@ -262,7 +263,7 @@ def _walk_back(
 
     by_tile = sorted(packs(sizes), key=lambda pack: (-pack.tile, pack.head))
     stages = (bring, prepare, multiply, advance, finish, add_up, merge, turn_back, put, settle)
-    pipelined(by_tile, *stages, together=TOGETHER)
+    pipelined(by_tile, *stages, together=TOGETHER, first=FIRST)
     if d_D is not None:
         d_D[...] = _sum(wide(x[...]) * wide(d_y[...]))
 

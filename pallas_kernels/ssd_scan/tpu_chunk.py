@@ -90,13 +90,28 @@ class Register:
 def all_registers(sizes: Blocks, dt, log_decay, marks) -> list[Register]:
     """Those of a chunk, of refs [heads, tokens] and [4, tokens]."""
     registers = []
-    for first in range(0, sizes.chunk, LANES):
-        lanes = pl.ds(first, LANES)
+    for number, total in enumerate(_totals(sizes, log_decay)):
+        lanes = pl.ds(number * LANES, LANES)
         step = jnp.maximum(dt[:, lanes], LEAST_STEP)
-        total = running_sums(jnp.maximum(log_decay[:, lanes] * LOG2_E, NOTHING), sizes.tile)
         of_tokens = None if marks is None else marks[:, lanes]
-        registers.append(Register(first, step, total, total - jnp.log2(step), of_tokens))
+        registers.append(Register(number * LANES, step, total, total - jnp.log2(step), of_tokens))
     return registers
+
+
+def _totals(sizes: Blocks, log_decay) -> list[jax.Array]:
+    """`Register.total` of all, of a ref [heads, tokens].
+
+    A matrix unit has to be given the ones of running sums for each product. Of wide units there are two, and a product
+    for each; of others there are more, and the first product is done sooner.
+    """
+    totals, firsts = [], range(0, sizes.chunk, LANES)
+    together = -(-len(firsts) // 2) if on_matrix_unit(sizes) else 1
+    for i in range(0, len(firsts), together):
+        group = firsts[i : i + together]
+        exponents = [log_decay[:, pl.ds(first, LANES)] * LOG2_E for first in group]
+        exponents = jnp.maximum(jnp.concatenate(exponents, axis=0), NOTHING)
+        totals += jnp.split(running_sums(exponents, sizes.tile), len(group))
+    return totals
 
 
 @dataclasses.dataclass(frozen=True)
