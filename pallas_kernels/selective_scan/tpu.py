@@ -173,7 +173,7 @@ def _kernel(
         for part in spec.parts():
             h, passed = state[:, part], []
             for t in range(STEP):
-                kept = decay(row(steps, slot, t, part), base2_A[:, part], resets, STEP * index + t)
+                kept = decay(row(steps, slot, t, part) * base2_A[:, part], resets, STEP * index + t)
                 h = kept * h + row(inputs, slot, t, part) * widened(to_state[slot, t], part)
                 passed.append(h)
             state[:, part] = h

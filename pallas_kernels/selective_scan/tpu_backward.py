@@ -2,6 +2,10 @@
 
 With g_t the adjoint of h_t, g_t = C_t dy_t + exp(Δ_{t+1} A) g_{t+1}, every gradient is a sum of products of g_t with
 what the token t had: over states for u and Δ, over channels for B and C, over tokens for A.
+
+The gradients of Δ and A through the decay have the same terms but for a factor, A and Δ. Both times its own factor sums
+p_t = g_{t+1} exp(Δ_{t+1} A) h_t Δ_{t+1} A, over states or over tokens: one stack for the matrix unit, of which the sums
+are divided, so that Δ and A may not be 0 (`_away_from_0`).
 """
 
 import functools
@@ -26,15 +30,22 @@ from pallas_kernels.selective_scan.tpu_tile import (
     for_each_step,
     in_columns,
     of_own,
-    own,
     row,
     rows_of_steps,
     stack,
     step_tokens,
+    sums,
     widened,
 )
 from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import shaped_like
+
+# JAX 0.11 has it elsewhere.
+_reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciprocal
+# What stands for steps and rates nearer to 0: the decay is 1 in float32 all the same, and their product is far from
+# the least float32.
+LEAST_STEP = 2.0**-60
+LEAST_RATE = 2.0**-30
 
 
 def backward(spec: Spec, saved, cotangents):
@@ -97,9 +108,10 @@ def backward(spec: Spec, saved, cotangents):
         name="selective_scan_backward",
     )(u, delta, A, in_columns(B), in_columns(C), B, C, D, z, resets, pasts, d_y, d_last)
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_state = gradients
+    d_A = d_A.sum(axis=0) / (LOG2_E * _away_from_0(A, LEAST_RATE))
     d_D = None if d_D is None else d_D.sum(axis=0)
     d_B, d_C = (x.sum(axis=1).astype(u.dtype) for x in (d_B, d_C))
-    return d_u, d_delta, d_A.sum(axis=0), d_B, d_C, d_D, d_z, None, d_state
+    return d_u, d_delta, d_A, d_B, d_C, d_D, d_z, None, d_state
 
 
 def _kernel(
@@ -120,7 +132,7 @@ def _kernel(
         if d_D is not None:
             d_D[...] = jnp.zeros_like(d_D)
 
-    base2_A = A[...] * LOG2_E
+    base2_A = _away_from_0(A[...], LEAST_RATE) * LOG2_E
     states[0] = past[...]
     _walk(
         spec, u, delta, base2_A, B_columns, C, D, z, resets, d_y, d_C, d_D, d_z,
@@ -150,7 +162,7 @@ def _walk(
         for part in spec.parts():
             h, passed = states[STEP * index, :, part], []
             for t in range(STEP):
-                kept = decay(row(steps, slot, t, part), base2_A[:, part], resets, STEP * index + t)
+                kept = decay(row(steps, slot, t, part) * base2_A[:, part], resets, STEP * index + t)
                 h = kept * h + row(inputs, slot, t, part) * widened(to_state[slot, t], part)
                 states[STEP * index + t + 1, :, part] = h
                 passed.append(h)
@@ -186,7 +198,7 @@ def _walk_back(
 
     def prepare(index, slot):
         tokens = step_tokens(index)
-        steps[slot] = _wide(delta[tokens])
+        steps[slot] = _away_from_0(_wide(delta[tokens]), LEAST_STEP)
         d_read = _wide(d_y[tokens])
         d_reads[slot] = d_read if z is None else d_read * jax.nn.silu(_wide(z[tokens]))
         from_state[slot] = columns(C_columns, index)
@@ -194,30 +206,31 @@ def _walk_back(
     def advance(index, slot):
         tokens, to_B = step_tokens(index), 0
         writing = by_state(B[tokens], reverse=True)
-        every = own(num_states, reverse=True).astype(jnp.float32)
-        # Three products take their tiles at once: each part is one tile wide, so that few are on their way together.
+        for_decay = sums(num_states, reverse=True).astype(jnp.float32)
+        # Three products take their tiles at once: each part is one tile wide, so that few are on their way together. Of
+        # all orders this one spills least.
         for part in spec.parts(spec.matrix_width):
-            g, to_A = adjoint[:, part], d_A[:, part]
-            passed, d_exponents = [], []
+            g, passed, by_exponents = adjoint[:, part], [], []
             for t in reversed(range(STEP)):
-                step = row(steps, slot, t, part)
                 g += widened(from_state[slot, t], part) * row(d_reads, slot, t, part)
                 passed.append(g)
-                g *= decay(step, base2_A[:, part], resets, STEP * index + t)
-                d_exponent = g * states[STEP * index + t, :, part]
-                to_A += d_exponent * step
-                d_exponents.append(d_exponent * base2_A[:, part])
-            adjoint[:, part], d_A[:, part] = g, to_A
+                exponent = row(steps, slot, t, part) * base2_A[:, part]
+                g *= decay(exponent, resets, STEP * index + t)
+                by_exponents.append(g * states[STEP * index + t, :, part] * exponent)
+            adjoint[:, part] = g
             # The adjoints go into two products and are converted once; the others are rounded by the matrix unit.
-            passed, d_exponents = stack(passed).astype(dtype), stack(d_exponents)
-            step, d_write = steps[slot, :, part], dot(writing, passed)
-            wide_u = _wide(u[tokens, part])
+            passed, by_exponents = stack(passed).astype(dtype), stack(by_exponents)
+            step, wide_u = steps[slot, :, part], _wide(u[tokens, part])
+            both = dot(for_decay, by_exponents, rounded=rounded)
             to_B += dot((step * wide_u).astype(dtype), passed, LAST)
+            d_write = dot(writing, passed)
             to_u = d_write * step
             if D is not None:
                 to_u += D[:, part] * d_reads[slot, :, part]
             d_u[tokens, part] = to_u.astype(d_u.dtype)
-            to_delta = dot(every, d_exponents, rounded=rounded) / LOG2_E + d_write * wide_u
+            d_A[:, part] += both[STEP:]
+            inverse = _inverse_in_base_2(step, rounded=rounded)
+            to_delta = both[:STEP] * inverse + d_write * wide_u
             d_delta[tokens, part] = to_delta.astype(d_delta.dtype)
         products[slot] = to_B
 
@@ -225,6 +238,18 @@ def _walk_back(
         d_B[step_tokens(index)] = of_own(products[slot], dtype, reverse=True)
 
     for_each_step(spec, prepare, advance, finish, reverse=True)
+
+
+def _away_from_0(x, least: float):
+    return jnp.where(jnp.abs(x) < least, least, x)
+
+
+def _inverse_in_base_2(x, *, rounded: bool):
+    """ln 2 / x; `rounded`: to more than bfloat16, by one of Newton's steps, at less than the cost of a division."""
+    if not rounded:
+        return 1 / (LOG2_E * x)
+    guess = _reciprocal(x, approx=True)
+    return guess * ((2 - x * guess) / LOG2_E)
 
 
 def _wide(x):

@@ -146,6 +146,12 @@ def repeats(states: int, dtype):
     return (column % states == state).astype(dtype)
 
 
+def sums(states: int, *, reverse: bool = False):
+    """[STEP + N, STEP * N] of 0 and 1, to multiply a stack with: its sums over states, and those over tokens."""
+    both = (own(states, reverse=reverse).astype(jnp.float32), repeats(states, jnp.float32))
+    return jnp.concatenate(both, axis=0)
+
+
 def _rows_and_columns(shape):
     return (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
@@ -204,9 +210,9 @@ def widened(column, part: slice):
     return jnp.tile(column, (1, (part.stop - part.start) // LANES))
 
 
-def decay(delta, base2_A, resets, t):
-    """exp(Δ_t A) [N, part], 0 where the state is emptied before token t; `base2_A` is A / ln 2."""
-    kept = jnp.exp2(delta * base2_A)
+def decay(exponent, resets, t):
+    """2 ** exponent [N, part], 0 where the state is emptied before token t; the exponent is Δ_t A / ln 2."""
+    kept = jnp.exp2(exponent)
     return kept if resets is None else kept * (1 - resets[0, t]).astype(jnp.float32)
 
 

@@ -41,6 +41,8 @@ LONG_CASES = ("whole chunks", "blocks of channels", "a skip, segments", "everyth
 def test_kernels_with_every_gradient_equal_float64(rng, case, dtype):
     length, channels, states, has_segments, optional = CASES[case]
     inputs = random_inputs(rng, 2, length, channels, states)
+    # The backward divides by steps and rates.
+    inputs["A"][:, 0], inputs["delta"][:, 1] = 0, 0
     cotangents = {"y": rng.normal(size=inputs["u"].shape)}
     cotangents["state"] = rng.normal(size=inputs["initial_state"].shape)
     for name in {"D", "z", "initial_state"} - set(optional):
