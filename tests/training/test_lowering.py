@@ -14,7 +14,7 @@ from effjax.training.lowering import lower_config
 from pallas_kernels import topology
 
 FOLDER = pathlib.Path(__file__).parents[2] / "configs"
-RECIPES = sorted(path.stem for path in FOLDER.glob("[a-z]*.py"))
+RECIPES = sorted(p.stem for p in FOLDER.glob("[a-z]*.py") if p.stem != "uptrain")  # needs a folder
 needs_libtpu = pytest.mark.skipif(not topology.is_available(), reason="needs libtpu")
 
 
@@ -54,6 +54,17 @@ def test_a_sharded_step_runs_on_the_tpu_kernels():
     found = kernels(lower_config(configs.resolve(config), mesh).compile())
     assert {"attention_forward", "attention_backward"} <= set(found)
     assert {"linear_attention_forward", "linear_attention_backward"} <= set(found)
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_experts_that_drop_nothing_run_on_the_tpu_kernels():
+    """AdaMoE on 2 x 2 chips, of which each sorts its own tokens."""
+    mesh = topology.mesh("v5e:2x2", (1, 1, 2, 2, 1, 1), sharding.MESH_AXES)
+    config = tiny("adamoe")
+    config.model.ffn.dispatch = "dropless"
+    found = kernels(lower_config(configs.resolve(config), mesh).compile())
+    assert {"rows_times_matrices", "rows_times_rows"} <= set(found)
 
 
 @pytest.mark.slow
