@@ -35,15 +35,15 @@ def _selective_scan_case(batch: int, time: int, channels: int, states: int) -> C
         }
 
     # Of a state: Δ A and its exponential; times h, Δu B and their sum. With gradients decays and states again; the
-    # adjoint, from C dy and the decay of the one after, three; through the exponent times h, then A, and Δ and its sum,
-    # four. What is left are sums over states or channels, for C h and the gradients of B, C, Δ u and Δ: these a matrix
-    # unit can do for 16 tokens at once, of which each takes its own states of the products.
+    # adjoint, from C dy and the decay of the one after, three; through the exponent times h and times itself, two. What
+    # is left are sums over states, channels or tokens, for C h and the gradients of B, C, Δ u, and of Δ and A, which
+    # are divided by them: these a matrix unit can do for 16 tokens at once, of which each takes its own states.
     count, step = batch * time * channels * states, 16
     steps = batch * time / step
     over_states = Product(step, step * states, channels, steps)
     over_channels = Product(step, channels, step * states, steps)
     forward = Work((over_states,), 4 * count, count)
-    backward = Work((over_states,) * 2 + (over_channels,) * 2, (4 + 3 + 4) * count, count)
+    backward = Work((over_states,) * 2 + (over_channels,) * 2, (4 + 3 + 2) * count, count)
     return Case(
         op="selective_scan",
         shape=f"[{batch}, {time}, {channels}], state {states}",
