@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from benchmarks.kernels.suite import fastest_peer
 
@@ -16,7 +17,6 @@ from benchmarks.kernels.suite import fastest_peer
 def save(report: dict[str, Any], path: Path) -> None:
     """Draws what `suite.run` returns, a panel for the times, if any, and one for each chip, as PNG."""
     rows = report["rows"]
-    cases = list(dict.fromkeys(_case(row) for row in rows))
     styles = _styles(rows, is_peer=False, markers="osD^") | _styles(rows, True, "x+1234")
 
     def time(row):
@@ -26,6 +26,8 @@ def save(report: dict[str, Any], path: Path) -> None:
     panels = {f"{chip}: static cycles / roofline": _ratio(chip) for chip in report["chips"]}
     if any("seconds" in row["time"] for row in rows):
         panels = {f"time on {report['platform']} / fastest peer's": time} | panels
+    rows = [row for row in rows if any(value(row) is not None for value in panels.values())]
+    cases = list(dict.fromkeys(_case(row) for row in rows))
     figure = Figure(figsize=(4 + 4 * len(panels), 2 + 0.3 * len(cases)), layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for (title, value_of), ax in zip(panels.items(), axes, strict=True):
@@ -71,4 +73,7 @@ def _draw(ax: Axes, title: str, rows, cases, styles, value_of) -> None:
     ax.set_ylim(len(cases) - 0.5, -0.5)
     ax.grid(axis="y", color="0.9")
     ax.set_axisbelow(True)
+    ax.xaxis.set_major_locator(LogLocator(2))
+    ax.xaxis.set_major_formatter("{x:g}")
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.tick_params(axis="y", labelsize="x-small")
