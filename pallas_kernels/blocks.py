@@ -94,6 +94,11 @@ def bucket(length: int) -> int:
     return 1 << max(0, length - 1).bit_length()
 
 
+def round_up(number: int, multiple: int) -> int:
+    """To the next multiple."""
+    return number + -number % multiple
+
+
 def largest_divisor(number: int, limit: int) -> int:
     """The largest one of `number` up to `limit`, or 1."""
     return max((x for x in range(1, limit + 1) if number % x == 0), default=1)

@@ -29,6 +29,11 @@ class Chip:
     host_bytes_per_second: float | None
 
 
+def matrix_width(device_kind: str) -> int:
+    """Rows and columns of a matrix unit of the TPU that `jax.Device.device_kind` names."""
+    return 256 if "v6" in device_kind or "v7" in device_kind else 128
+
+
 _GIB = 2.0**30
 
 # TPUs: peak and bandwidth of the memory from cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; links from the table in "How

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from effjax.nn import constrain
-from effjax.nn.shards import num_parts, on_shards
+from effjax.nn import constrain, on_shards
+from effjax.nn.shards import num_parts
 from effjax.routing.placement import Placement, by_capacity, by_expert
 from effjax.routing.top_k import Assignment
 from pallas_kernels import grouped_matmul

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import round_up
 from pallas_kernels.grouped_matmul.tpu_visits import (
     SUBLANES,
     Visits,
     compiler_params,
-    dot,
     inside,
-    round_up,
     unit_rows,
     visits,
 )
 from pallas_kernels.tpu_call import tpu_call
+from pallas_kernels.tpu_dot import dot
 from pallas_kernels.varying import interpreter, shaped_like
 
 

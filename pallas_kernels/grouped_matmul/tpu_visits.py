@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import round_up
+from pallas_kernels.chips import matrix_width
 from pallas_kernels.dispatch import target
 
 LANES = 128
@@ -99,21 +101,7 @@ def sizes(num_rows: int, depth: int, columns: int, itemsize: int) -> Sizes:
 
 def unit_rows() -> int:
     """Rows of a tile: as wide as a matrix unit is."""
-    kind = target().device_kind
-    return 2 * LANES if "v6" in kind or "v7" in kind else LANES
-
-
-def round_up(x: int, multiple: int) -> int:
-    """To the next multiple."""
-    return x + -x % multiple
-
-
-def dot(x, y, contracted):
-    """A product with float32 sums; float32 operands are not rounded to the bfloat16 of the matrix unit."""
-    precision = "highest" if x.dtype == jnp.float32 else "default"
-    return jax.lax.dot_general(
-        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
+    return matrix_width(target().device_kind)
 
 
 def inside(begin, end, shape):

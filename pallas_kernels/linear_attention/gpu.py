@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import hopper
+from pallas_kernels.blocks import round_up
 from pallas_kernels.linear_attention import gpu_features, gpu_gradients
 from pallas_kernels.linear_attention.gpu_gradients import key_value_gradients, query_gradient
 from pallas_kernels.linear_attention.gpu_outputs import outputs
@@ -49,10 +50,10 @@ def linear_attention(
     q, k, v, runs, state = vary_alike((q, k, v, runs, state))
     time, value_dim = v.shape[1], v.shape[3]
     features = gpu_features.gpu_features(feature_map, q.shape[3])
-    group = _round_up(min(chunk_size or GROUP, time), BLOCK)
+    group = round_up(min(chunk_size or GROUP, time), BLOCK)
     spec = Spec(features, group, state is not None, normalize, eps, hopper.interpreter(interpret))
     q, k = (_pad(spec, features.prepare(x), features.width).astype(x.dtype) for x in (q, k))
-    v = _pad(spec, v, _round_up(value_dim, VALUE_MULTIPLE))
+    v = _pad(spec, v, round_up(value_dim, VALUE_MULTIPLE))
     if runs is not None:
         runs = jnp.pad(runs, ((0, 0), (0, v.shape[1] - time)))
     if state is not None:
@@ -135,7 +136,3 @@ def _to_public(spec, state: State, value_dim: int) -> LinearAttentionState:
     scales, count = spec.features.scales, spec.features.num_features
     kv = state.kv[:, :, :count, :value_dim] * scales[:, None]
     return LinearAttentionState(kv, state.sums[:, :, :count] * scales)
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return x + -x % multiple

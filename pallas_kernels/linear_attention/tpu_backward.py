@@ -28,7 +28,6 @@ from pallas_kernels.linear_attention.tpu_chunk import (
     Item,
     Spec,
     chunk_mask,
-    dot,
     finish,
     first_row,
     for_each_turn,
@@ -42,6 +41,7 @@ from pallas_kernels.linear_attention.tpu_chunk import (
     with_ones,
 )
 from pallas_kernels.pipelined import pipelined
+from pallas_kernels.tpu_dot import dot
 
 
 def backward(

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import Shape, Sizes, Table
+from pallas_kernels.blocks import Shape, Sizes, Table, round_up
+from pallas_kernels.chips import matrix_width
 
 LANES = 128
 # What the blocks may take, of what the compiler may use with what it keeps beside; a core has 128 MiB.
@@ -96,7 +97,7 @@ def blocks(
     if chunk_size is None:
         sizes = TABLE.choose(device_kind, by_rule, time=time, **shape)
         # Of a bucket of lengths the table has the sizes of the longest.
-        whole = _round_up(time, LANES)
+        whole = round_up(time, LANES)
         chunk = min(sizes["chunk"], whole)
         tokens = chunk * max(1, min(sizes["tokens"], whole) // chunk)
         by_rule = {"chunk": chunk, "tokens": tokens, "heads": sizes["heads"]}
@@ -107,13 +108,11 @@ def blocks(
 def _by_rule(
     *, time, heads, dim, value_dim, num_features, dtype, device_kind, chunk_size
 ) -> Sizes | None:
-    whole = _round_up(time, LANES)
+    whole = round_up(time, LANES)
     if chunk_size is not None:
-        chunks = (_round_up(chunk_size, LANES),)
-    elif "v6" in device_kind or "v7" in device_kind:
-        chunks = (2 * LANES, LANES)
+        chunks = (round_up(chunk_size, LANES),)
     else:
-        chunks = (LANES,)
+        chunks = tuple(range(matrix_width(device_kind), 0, -LANES))
     for chunk in (min(chunk, whole) for chunk in chunks):
         for count in range(min(MAX_HEADS, heads), 0, -1):
             if heads % count:
@@ -132,11 +131,7 @@ def _vmem_bytes(chunk, tokens, heads, dim, value_dim, num_features, dtype) -> in
     size = jnp.dtype(dtype).itemsize
     streamed = 2 * heads * tokens * ((4 * dim + 4 * value_dim) * size + 32)
     width = value_dim + ones_rows(dtype)
-    states = 5 * heads * num_features * _round_up(width, LANES) * 4
-    states += 2 * heads * (tokens // chunk) * width * _round_up(num_features, LANES) * size
+    states = 5 * heads * num_features * round_up(width, LANES) * 4
+    states += 2 * heads * (tokens // chunk) * width * round_up(num_features, LANES) * size
     temporaries = 4 * chunk * (4 * num_features + 5 * chunk + 4 * width)
     return streamed + states + temporaries
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return x + -x % multiple

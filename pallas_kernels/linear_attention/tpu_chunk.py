@@ -37,6 +37,7 @@ from pallas_kernels.linear_attention.tpu_blocks import LANES as REGISTER
 from pallas_kernels.linear_attention.tpu_blocks import Blocks, ones_rows
 from pallas_kernels.linear_attention.tpu_features import KernelFeatures
 from pallas_kernels.pipelined import pipelined
+from pallas_kernels.tpu_dot import dot
 
 # Contracted dimensions of a product.
 ROWS = ((0,), (0,))
@@ -286,14 +287,6 @@ def masked(x, mask):
 
 def wide(x):
     return x.astype(jnp.float32)
-
-
-def dot(x, y, contracted):
-    """A product with float32 sums; float32 operands are not rounded to the bfloat16 of the matrix unit."""
-    precision = "highest" if x.dtype == jnp.float32 else "default"
-    return jax.lax.dot_general(
-        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )
 
 
 # Tokens that go through the stages behind one another, chunk after chunk: the code is as long.

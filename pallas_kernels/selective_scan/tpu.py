@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.chips import matrix_width
 from pallas_kernels.dispatch import target
 from pallas_kernels.residuals import keep
 from pallas_kernels.selective_scan import tpu_backward
@@ -19,7 +20,6 @@ from pallas_kernels.selective_scan.tpu_blocks import (
     LANES,
     block_channels,
     chunk_tokens,
-    matrix_width,
 )
 from pallas_kernels.selective_scan.tpu_tile import (
     LOG2_E,

@@ -41,15 +41,6 @@ def chunk_tokens(*, time: int, block_states: int, dtype: str) -> int:
     return 2 * LANES if fits and time % (2 * LANES) == 0 else LANES
 
 
-def matrix_width(device_kind: str) -> int:
-    """Rows and columns of a matrix unit.
-
-    Args:
-        device_kind: as `jax.Device.device_kind` says.
-    """
-    return 2 * LANES if "v6" in device_kind else LANES
-
-
 def block_channels(device_kind: str, *, time: int, channels: int, states: int, dtype: str) -> int:
     """Channels a block.
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from pallas_kernels.blocks import Shape, Sizes, Table
+from pallas_kernels.blocks import Shape, Sizes, Table, round_up
 from pallas_kernels.dispatch import target
 
 LANES = 128
@@ -52,15 +52,15 @@ def two_pass_blocks(num_rows: int, num_columns: int, bytes_per_entry: int) -> Bl
     columns = _equal_parts(num_columns, entries // ROWS)
     rows = max(ROWS, min(entries // columns, MAX_ROWS) // ROWS * ROWS)
     sizes = _choose(rows, columns, num_rows, num_columns, bytes_per_entry, passes=2)
-    return Blocks(min(sizes["rows"], _round_up(num_rows, ROWS)), sizes["columns"])
+    return Blocks(min(sizes["rows"], round_up(num_rows, ROWS)), sizes["columns"])
 
 
 def one_pass_blocks(num_rows: int, num_columns: int, bytes_per_entry: int) -> Blocks:
     """By rule many rows, as what is kept of each of them then fills lanes; arguments as of `two_pass_blocks`."""
-    rows = min(MAX_ROWS, _round_up(num_rows, LANES))
+    rows = min(MAX_ROWS, round_up(num_rows, LANES))
     columns = _equal_parts(num_columns, VMEM_BYTES // (2 * bytes_per_entry * rows))
     sizes = _choose(rows, columns, num_rows, num_columns, bytes_per_entry, passes=1)
-    return Blocks(min(sizes["rows"], _round_up(num_rows, LANES)), sizes["columns"])
+    return Blocks(min(sizes["rows"], round_up(num_rows, LANES)), sizes["columns"])
 
 
 def _choose(rows, columns, num_rows, num_columns, bytes_per_entry, passes) -> Sizes:
@@ -80,11 +80,7 @@ def _equal_parts(length: int, longest: int) -> int:
 
     The fewest, but up to twice as many where the length is then a multiple: no part has to be masked.
     """
-    registers = _round_up(length, LANES) // LANES
+    registers = round_up(length, LANES) // LANES
     fewest = -(-registers // (longest // LANES))
     divisors = (parts for parts in range(fewest, 2 * fewest + 1) if registers % parts == 0)
     return -(-registers // next(divisors, fewest)) * LANES
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return x + -x % multiple

@@ -36,7 +36,6 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     all_registers,
     block_diagonal,
     column,
-    dot,
     for_pack,
     from_rows,
     head_blocks,
@@ -52,6 +51,7 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     unseen,
     wide,
 )
+from pallas_kernels.tpu_dot import dot
 
 # Packs that a stage takes one after the other, and of the first of them.
 TOGETHER = 4
@@ -132,12 +132,7 @@ def _walk_back(
 
     def bring(pack, _):
         of_tile(pack.tile)
-        columns = written[pack.tile * sizes.tile // LANES]
-        for_tokens = columns.spread(pack.tile, pack.head, sizes.tile)
-        is_same = sizes.dim == sizes.tile
-        return for_tokens, for_tokens if is_same else columns.spread(
-            pack.tile, pack.head, sizes.dim
-        )
+        return written[pack.tile * sizes.tile // LANES].of_pack(pack)
 
     def prepare(pack, brought):
         for_tokens, for_channels = brought

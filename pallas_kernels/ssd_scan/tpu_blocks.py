@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from pallas_kernels.blocks import Shape, Sizes, Table
+from pallas_kernels.blocks import Shape, Sizes, Table, round_up
+from pallas_kernels.chips import matrix_width
 
 LANES = 128
 # Rows of a bfloat16 register, to which the states of a channel are filled up.
@@ -125,13 +126,13 @@ def blocks(
     A matrix unit is 128 wide on v5e and 256 on v6e; a pack of heads fills it. `chunk_size` is rounded up to whole
     registers.
     """
-    whole = _round_up(time, LANES)
+    whole = round_up(time, LANES)
     by_rule = chunk_size or (4 * LANES if dtype == jnp.bfloat16 else 2 * LANES)
-    chunk = min(_round_up(by_rule, LANES), whole)
-    dim = _round_up(dim, LANES) if dim > LANES else max(ROWS, 1 << (dim - 1).bit_length())
-    width = 2 * LANES if "v6" in device_kind or "v7" in device_kind else LANES
+    chunk = min(round_up(by_rule, LANES), whole)
+    dim = round_up(dim, LANES) if dim > LANES else max(ROWS, 1 << (dim - 1).bit_length())
+    width = matrix_width(device_kind)
     fewest = max(1, LANES // dim)
-    per_group = _round_up(per_group, fewest)
+    per_group = round_up(per_group, fewest)
     tiles = chunk // _tile(dim)
     heads = max(
         (
@@ -160,15 +161,11 @@ def blocks(
 def vmem_bytes(sizes: Blocks, states: int, dtype) -> int:
     """Of the backward, which needs most: blocks are double-buffered, B and C have whole registers of lanes."""
     itemsize = jnp.dtype(dtype).itemsize
-    lanes, states = _round_up(states, LANES), _round_up(states, ROWS)
+    lanes, states = round_up(states, LANES), round_up(states, ROWS)
     tokens = sizes.chunk * (2 * 3 * itemsize * sizes.channels + (2 * 4 * itemsize + 2 * 4) * lanes)
     state = sizes.channels * states
     # As it travels and beside it; before each tile; the blocks of three more.
     state *= sizes.steps * (4 + itemsize) + 2 * sizes.tiles * itemsize + 2 * 3 * 4
-    rows = (2 * 4 + 4) * _round_up(sizes.heads, 8) * sizes.chunk * 4
+    rows = (2 * 4 + 4) * round_up(sizes.heads, 8) * sizes.chunk * 4
     weights = 16 * (sizes.tile + states) * sizes.pack_tokens * 4
     return tokens + state + rows + weights
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return x + -x % multiple

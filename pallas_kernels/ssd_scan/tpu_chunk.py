@@ -21,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.ssd_scan.tpu_blocks import LANES, Blocks
+from pallas_kernels.tpu_dot import dot
 
 # Contracted dimensions of a product.
 ROWS = ((0,), (0,))
@@ -248,6 +249,13 @@ class Columns:
         self._turned = None if on_matrix_unit else jnp.pad(x.T, ((0, 0), (0, LANES - x.shape[0])))
         self._spread_all = functools.cache(self._spread_all)
 
+    def of_pack(self, pack: Pack):
+        """Those of a pack over lanes for each head and token, and over lanes for each head and channel."""
+        sizes = self.sizes
+        for_tokens = self.spread(pack.tile, pack.head, sizes.tile)
+        is_same = sizes.dim == sizes.tile
+        return for_tokens, for_tokens if is_same else self.spread(pack.tile, pack.head, sizes.dim)
+
     def spread(self, tile: int, head: int, width: int):
         """Those of a pack that begins with `head`, each over `width` lanes: [token, (head, width)]."""
         sizes, first = self.sizes, tile * self.sizes.tile % LANES
@@ -338,11 +346,3 @@ def similarity(sizes: Blocks, x, y):
 
 def wide(x):
     return x.astype(jnp.float32)
-
-
-def dot(x, y, contracted):
-    """A product with float32 sums; float32 operands are not rounded to the bfloat16 of the matrix unit."""
-    precision = "highest" if x.dtype == jnp.float32 else "default"
-    return jax.lax.dot_general(
-        x, y, (contracted, ((), ())), precision=precision, preferred_element_type=jnp.float32
-    )

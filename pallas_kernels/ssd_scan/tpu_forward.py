@@ -20,7 +20,6 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     all_registers,
     block_diagonal,
     column,
-    dot,
     for_pack,
     head_blocks,
     on_matrix_unit,
@@ -30,6 +29,7 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     unseen,
     wide,
 )
+from pallas_kernels.tpu_dot import dot
 
 # Channels of the packs that a stage takes one after the other.
 TOGETHER = 512
@@ -78,12 +78,7 @@ def kernel(
 
     def bring(pack, _):
         of_tile(pack.tile)
-        columns = totals[pack.tile * sizes.tile // LANES]
-        for_tokens = columns.spread(pack.tile, pack.head, sizes.tile)
-        is_same = sizes.dim == sizes.tile
-        return for_tokens, for_tokens if is_same else columns.spread(
-            pack.tile, pack.head, sizes.dim
-        )
+        return totals[pack.tile * sizes.tile // LANES].of_pack(pack)
 
     def prepare(pack, brought):
         """The operands of the products, and what is left of the state before the tile."""

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, PartitionSpec
 from proof import CHIPS, assert_close, compile_with_gradients, needs_libtpu, relative_error
 
 from pallas_kernels import grouped_matmul, topology
-from pallas_kernels.grouped_matmul import reference, tpu, tpu_visits
+from pallas_kernels.grouped_matmul import reference, tpu, tpu_matrices, tpu_visits
 
 interpreted = functools.partial(tpu.grouped_matmul, interpret=True)
 
@@ -21,7 +21,8 @@ def small_blocks(monkeypatch):
     """Several blocks along every axis of arrays that the interpreter is soon through with."""
     for name, value in {"DEPTH": 256, "COLUMNS": 128, "ROWS_OF_PARTS": 32}.items():
         monkeypatch.setattr(tpu_visits, name, value)
-    monkeypatch.setattr(tpu_visits, "unit_rows", lambda: 16)
+    for module in (tpu_visits, tpu_matrices):
+        monkeypatch.setattr(module, "unit_rows", lambda: 16)
 
 
 @pytest.mark.parametrize(
