@@ -1,4 +1,4 @@
-"""The one linear layer and the one embedding table of the house.
+"""The one linear layer and the one look-up in a table of the house.
 
 Adapters, quantisers and pruners reach every weight matrix through `Linear`, so no part multiplies by a matrix of its
 own except where the weights are stacked by expert.
@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from effjax.nn.shards import is_split
+from effjax.nn.shards import constrain, is_split, num_parts
 
 # Unit variance of the output for unit variance of the input (LeCun et al., 1998).
 default_kernel_init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -52,27 +52,18 @@ def product(x: Float[Array, "... in"], matrix: Float[Array, "in out"]) -> Float[
     return (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], matrix.shape[-1])
 
 
-class Embed(nn.Module):
-    """Table of `num_embeddings` float32 vectors; `__call__` returns the table, for a tied head to share.
-
-    Attributes:
-      num_embeddings: rows of the table.
-      features: columns of the table.
-      stddev: standard deviation of the normal initialiser.
-    """
-
-    num_embeddings: int
-    features: int
-    stddev: float = 0.02
-
-    @nn.compact
-    def __call__(self) -> Float[Array, "V D"]:
-        init = nn.initializers.normal(self.stddev)
-        return self.param("embedding", init, (self.num_embeddings, self.features), jnp.float32)
-
-
 def lookup(
     table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: str
 ) -> Float[Array, "B T D"]:
-    """Rows of the table for each token, in `dtype`."""
-    return jnp.take(table, tokens, axis=0).astype(dtype)
+    """Rows of the table for each token, in `dtype`.
+
+    Where a mesh splits rows of the batch and columns of the table over the same devices, each looks up its columns for
+    the tokens of all of them, and they exchange what they found. Left to itself the compiler may rather gather the
+    table in each, and sum gradients of its size.
+    """
+    parts = num_parts("embed")
+    if parts == 1 or table.shape[1] % parts:
+        return jnp.take(table, tokens, axis=0).astype(dtype)
+    tokens = constrain(tokens, "batch-embed length")
+    found = jnp.take(table, tokens, axis=0).astype(dtype)
+    return constrain(constrain(found, "batch-embed length embed"), "batch length _")

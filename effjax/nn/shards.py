@@ -19,9 +19,10 @@ logger = logging.getLogger(__name__)
 def on_shards(function: Callable, axes: tuple, out_axes: Any) -> Callable:
     """`function`, run by each device of the mesh in use on its own share of the arguments.
 
-    The rules in force (`nn.logical_axis_rules`) say over which mesh axes a logical axis is split. One that does not
-    divide some dimension that it names is not split at all, and the log says so unless that is 1. Without a mesh of
-    several devices, or where a device sees only its share already, the function is called as it is.
+    The rules in force (`nn.logical_axis_rules`) say over which mesh axes a logical axis is split; "batch-embed" is
+    split over those of "batch" that do not split "embed". One that does not divide some dimension that it names is not
+    split at all, and the log says so unless that is 1. Without a mesh of several devices, or where a device sees only
+    its share already, the function is called as it is.
 
     Args:
       function: a function of arrays in which shares along the named axes have nothing to do with each other. For those
@@ -40,7 +41,7 @@ def on_shards(function: Callable, axes: tuple, out_axes: Any) -> Callable:
         given = (None if x is None else name for name, x in zip(axes, arguments, strict=True))
         names = jax.tree.broadcast(tuple(given), arguments)
         for name in _not_divided(names, arguments, rules, mesh):
-            del rules[name]
+            rules[name] = ()
         spec = functools.partial(_spec, rules)
         local, time = function, rules.get("length", ())
         if math.prod(mesh.shape[axis] for axis in time) > 1 and _is_named("length", names):
@@ -70,7 +71,7 @@ def constrain(x: jax.Array, axes: str) -> jax.Array:
     if not _is_split(mesh, rules):
         return x
     for name in _not_divided((axes,), (x,), rules, mesh):
-        del rules[name]
+        rules[name] = ()
     return jax.lax.with_sharding_constraint(x, _spec(rules, axes))
 
 
@@ -121,8 +122,17 @@ def _rules(mesh) -> dict[str, tuple[str, ...]]:
     return rules
 
 
+def _over(rules: dict, name: str) -> tuple[str, ...]:
+    """The mesh axes that `name` is split over, an axis or what is left of one: "batch-embed"."""
+    if name in rules:
+        return rules[name]
+    axis, *others = name.split("-")
+    taken = {x for other in others for x in rules.get(other, ())}
+    return tuple(x for x in rules.get(axis, ()) if x not in taken)
+
+
 def _spec(rules: dict, axes: str) -> PartitionSpec:
-    return PartitionSpec(*(rules.get(name) or None for name in axes.split()))
+    return PartitionSpec(*(_over(rules, name) or None for name in axes.split()))
 
 
 def _is_named(axis: str, names: tuple) -> bool:
@@ -134,7 +144,7 @@ def _not_divided(names: tuple, arguments: tuple, rules: dict, mesh) -> set[str]:
     leaves = zip(jax.tree.leaves(names), jax.tree.leaves(arguments), strict=True)
     for axes, array in leaves:
         for name, size in zip(axes.split(), array.shape, strict=True):
-            parts = math.prod(mesh.shape[axis] for axis in rules.get(name, ()))
+            parts = math.prod(mesh.shape[axis] for axis in _over(rules, name))
             if size % parts and name not in found:
                 found.add(name)
                 if size > 1:

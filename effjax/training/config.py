@@ -228,9 +228,8 @@ def of_size(
     config.data.batch_size = 512
     config.mesh.update(data=1, fsdp=-1)  # a copy of the state is too large for one device
     config.data.shards = 64  # so many processes read no more than their share of the documents
-    if config.model.d_model >= 2048 and "chunk_size" in config.model.head:
-        # All logits would be the largest arrays of a step; beside layers so wide, making them twice is 1 to 2 % of it.
-        config.model.head.chunk_size = 8192
+    if "chunk_size" in config.model.head:
+        config.model.head.chunk_size = 8192  # all logits would be the largest arrays of a step
     config.optimizer.schedule = part_config("schedule", "warmup_stable_decay")
     config.training.num_steps = 20_000
     config.training.log_every = 50

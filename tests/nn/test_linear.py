@@ -1,10 +1,15 @@
+import math
+import re
+
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
-from effjax.nn import Embed, Linear
+from effjax.nn import Linear
 from effjax.nn.linear import lookup
 
 
@@ -50,9 +55,38 @@ def test_linear_starts_with_unit_gain(rng):
 
 
 def test_embedding_rows_by_token(rng):
-    tokens = rng.integers(11, size=(2, 5))
-    table = Embed(11, 3).init_with_output(jax.random.key(0))[0]
-    assert table.shape == (11, 3)
+    tokens, table = rng.integers(11, size=(2, 5)), jnp.asarray(rng.normal(size=(11, 3)), "float32")
     x = lookup(table, jnp.asarray(tokens), "bfloat16")
     assert x.dtype == jnp.bfloat16
     np.testing.assert_array_equal(x, np.asarray(table.astype(jnp.bfloat16))[tokens])
+
+
+@pytest.mark.parametrize("vocab_over", [None, "tensor"])
+def test_a_mesh_looks_up_columns_where_they_are_and_sums_no_gradient_of_the_whole_table(
+    rng, vocab_over
+):
+    axes = ("data", "fsdp", "tensor")
+    mesh = jax.make_mesh((2, 2, 2), axes, (jax.sharding.AxisType.Auto,) * 3)
+    rules = (("batch", ("data", "fsdp")), ("embed", "fsdp"), ("vocab", vocab_over))
+    table = jnp.asarray(rng.normal(size=(1000, 64)), "float32")
+    tokens = jnp.asarray(rng.integers(1000, size=(64, 64)))
+    weights = jnp.asarray(rng.normal(size=(64, 64, 64)), "float32")
+
+    def loss(table, tokens, weights):
+        return jnp.sum(lookup(table, tokens, "float32") * weights)
+
+    of_table = NamedSharding(mesh, PartitionSpec(vocab_over, "fsdp"))
+    of_rows = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    places = (of_table, of_rows, of_rows)
+    step = jax.jit(jax.value_and_grad(loss), in_shardings=places, out_shardings=(None, of_table))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        compiled = step.lower(table, tokens, weights).compile()
+    found = compiled(*jax.device_put((table, tokens, weights), places))
+    expected = jax.value_and_grad(loss)(table, tokens, weights)
+    chex.assert_trees_all_close(found, expected, rtol=1e-4, atol=1e-4)
+    shapes = {
+        tuple(map(int, shape.split(",")))
+        for shape in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())
+    }
+    rows, columns = of_table.shard_shape(table.shape)
+    assert max(math.prod(shape) for shape in shapes if {rows, 1000} & set(shape)) == rows * columns

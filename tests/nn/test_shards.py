@@ -79,6 +79,15 @@ def test_a_function_is_told_of_the_axis_that_splits_time(mesh, rng):
     np.testing.assert_allclose(found, x[:, :3].sum(axis=1, keepdims=True), rtol=1e-5)
 
 
+def test_what_is_left_of_an_axis_by_another(mesh):
+    rules = (*RULES, ("embed", "fsdp"))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+        found = jax.jit(lambda x: constrain(x, "batch-embed length embed"))(jnp.ones((8, 3, 4)))
+        only_rows = jax.jit(lambda x: constrain(x, "batch-embed length embed"))(jnp.ones((6, 3, 5)))
+    assert found.sharding.shard_shape(found.shape) == (4, 3, 2)
+    assert only_rows.sharding.shard_shape(only_rows.shape) == (3, 3, 5)
+
+
 def test_constraints_split_what_divides_and_leave_the_rest_whole(mesh, caplog):
     def shares(*shape):
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
