@@ -70,7 +70,8 @@ def test_memory_and_latency_of_the_compiled_forward_pass():
     total = parameters(model).total
     assert memory.arguments == pytest.approx(4 * total + 4 * 3 * 8, rel=0.02)
     assert memory.outputs == pytest.approx(4 * 3 * 8 * V, rel=0.02)
-    assert memory.peak == memory.arguments + memory.outputs + memory.temporary
+    parts = memory.arguments + memory.outputs + memory.temporary
+    assert memory.peak == pytest.approx(parts, rel=1e-3)  # allocations are aligned
     latency = cost.measure_latency(forward, variables, inputs, num_runs=3)
     assert 0 < latency.fastest_seconds <= latency.median_seconds
     assert latency.tokens_per_second == pytest.approx(24 / latency.median_seconds)

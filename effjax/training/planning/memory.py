@@ -10,10 +10,12 @@ import numpy as np
 from effjax.evaluation.cost import measure_memory
 from effjax.training import sharding
 
-# What the TPU compiler says of a program that does not fit: of all that it needs, or of the temporaries alone.
-_ALL = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
-_TEMPORARIES = re.compile(
-    r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+# What the TPU compiler says of a program that does not fit; what it calls temporaries has the arguments in it.
+_REFUSALS = (
+    re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm"),
+    re.compile(
+        r"HLO temporaries \(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)"
+    ),
 )
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -75,11 +77,11 @@ def of_program(compiled: Any, params: Any, opt_state: Any, capacity: float | Non
 def of_failure(error: Exception, params: Any, opt_state: Any) -> Memory | None:
     """The memory of a program that the compiler refuses because it does not fit; None for any other error."""
     parameters, optimizer = share(params), share(opt_state)
-    for pattern, counted in ((_ALL, parameters + optimizer), (_TEMPORARIES, 0)):
+    for pattern in _REFUSALS:
         found = pattern.search(str(error))
         if found is not None:
             needed = round(float(found[1]) * _UNITS[found[2]])
             capacity = float(found[3]) * _UNITS[found[4]]
-            rest = needed - counted
-            return Memory(parameters, optimizer, 0, rest, parameters + optimizer + rest, capacity)
+            rest = needed - parameters - optimizer
+            return Memory(parameters, optimizer, 0, rest, needed, capacity)
     return None
