@@ -4,8 +4,13 @@ Keys and values travel once around the ring of devices, while each device keeps 
 by the log-sum-exp (Liu et al., "Ring attention with blockwise transformers", arXiv 2310.01889). So the memory of a
 device, forward and backward, is that of its own share, and the next keys are on their way while the present ones are at
 work. The backward pass goes around once more: the keys collect their gradients on the way, and are home again with all
-of them. In index order a shard is before, at or after the queries as a whole, so that no tile of a causal mask is cut
-but on the diagonal, and shards that come later cost nothing.
+of them.
+
+Causal attention in index order would keep the last device busy all the way and the first none of it. So the row is
+dealt out anew first: cut into two chunks a device, of which device i gets the i-th and the i-th from the end (Llama
+Team, "The Llama 3 herd of models", arXiv 2407.21783, section 3.3.2). Of the keys of another device then either all
+queries see the first half, or half of the queries see all: every hop takes every device as long, and half as long as an
+unmasked one. No tile of a causal mask is cut but on the diagonal.
 
 A window needs no ring: its keys are those of the nearest shards before, fetched directly.
 """
@@ -25,6 +30,30 @@ from pallas_kernels.varying import vary_alike
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
+class _Part(NamedTuple):
+    """The halves from `start` to `stop` of what a device has along the time axis."""
+
+    start: int
+    stop: int
+
+    def cut(self, arrays):
+        """The part of each [B, T, ...]."""
+
+        def one(x):
+            return x[:, self.start * x.shape[1] // 2 : self.stop * x.shape[1] // 2]
+
+        return jax.tree.map(one, arrays)
+
+    def filled_up(self, x, value):
+        """The part as long as all of it, with `value` in what is missing."""
+        half = x.shape[1] // (self.stop - self.start)
+        missing = (self.start * half, (2 - self.stop) * half)
+        return jnp.pad(x, [(0, 0), missing, *[(0, 0)] * (x.ndim - 2)], constant_values=value)
+
+
+_ALL, _FIRST, _SECOND = _Part(0, 2), _Part(0, 1), _Part(1, 2)
+
+
 class _Spec(NamedTuple):
     """The static arguments."""
 
@@ -39,13 +68,54 @@ def attention(
 ) -> tuple[jax.Array, jax.Array]:
     """`(out, lse)` of this device's queries and the keys of all; see the package for the arguments."""
     spec = _Spec(attend, causal, window, axis_name)
-    if queries.position is None and causal and q.shape[1] != k.shape[1]:
+    arrays = vary_alike((q, k, v, queries, keys))
+    if not causal or queries.position is not None:
+        return _ring(spec, *arrays)
+    if q.shape[1] != k.shape[1]:
         raise ValueError(
             f"attention: with axis_name, Tq={q.shape[1]} and Tk={k.shape[1]} must agree, or give positions"
         )
-    if queries.position is None and window is not None:
+    if window is not None:
         return _from_nearest(spec, q, k, v, queries, keys)
-    return _ring(spec, *vary_alike((q, k, v, queries, keys)))
+    if q.shape[1] % 2:  # has no halves to deal out
+        return _ring(spec, *arrays[:3], *(_with_positions(spec, x, q) for x in arrays[3:]))
+    dealt = jax.tree.map(functools.partial(_deal, spec), arrays)
+    return jax.tree.map(functools.partial(_take_back, spec), _ring(spec, *dealt))
+
+
+def _deal(spec, x):
+    """Halves c = 2i and 2i+1 of device i to where they belong: c to device c of the n, or to 2n-1-c."""
+    here = jax.lax.axis_index(spec.axis_name)
+    even, odd = (
+        jax.lax.ppermute(half, spec.axis_name, list(enumerate(_holders(spec, parity))))
+        for parity, half in enumerate(jnp.split(x, 2, axis=1))
+    )
+    first, second = (jnp.where(here % 2 == parity, even, odd) for parity in (0, 1))
+    return jnp.concatenate([first, second], axis=1)
+
+
+def _take_back(spec, x):
+    """Undoes `_deal`."""
+    here = jax.lax.axis_index(spec.axis_name)
+    first, second = jnp.split(x, 2, axis=1)
+    halves = []
+    for parity in (0, 1):
+        half = jnp.where(here % 2 == parity, first, second)
+        home = [(holder, i) for i, holder in enumerate(_holders(spec, parity))]
+        halves.append(jax.lax.ppermute(half, spec.axis_name, home))
+    return jnp.concatenate(halves, axis=1)
+
+
+def _holders(spec, parity):
+    """The devices that the even or odd halves of all go to, in order."""
+    size = jax.lax.axis_size(spec.axis_name)
+    return [min(c, 2 * size - 1 - c) for c in range(parity, 2 * size, 2)]
+
+
+def _with_positions(spec, tokens, x):
+    """Tokens in index order with their positions, which masks then have to be made from."""
+    position = jax.lax.axis_index(spec.axis_name) * x.shape[1] + jnp.arange(x.shape[1])
+    return tokens._replace(position=position[None])
 
 
 def _from_nearest(spec, q, k, v, queries, keys):
@@ -75,14 +145,18 @@ def _ring(spec, q, k, v, queries, keys):
 def _forward(spec, q, k, v, queries, keys):
     own = (k, v, keys)
 
+    def tile(rows, columns, *arguments):
+        out, lse = _tile(spec, rows, columns, *arguments)
+        return rows.filled_up(out, 0), rows.filled_up(lse, -jnp.inf)
+
     def hop(carry, hops):
         out, lse, here = carry
         coming = _onward(spec, here)
-        found = _where_seen(spec, hops, _tile, _nothing, (q, *here[:2], queries, here[2]))
+        found = _where_seen(spec, hops, tile, (q, *here[:2], queries, here[2]))
         return (*_merged((out, lse), found), coming), None
 
     coming = _onward(spec, own)
-    out, lse = _tile(spec, 0, q, k, v, queries, keys)
+    out, lse = _own_tile(spec, q, k, v, queries, keys)
     carry = (out.astype(lse.dtype), lse, coming)
     (out, lse, _), _ = jax.lax.scan(hop, carry, _hops(spec))
     out = out.astype(v.dtype)
@@ -98,26 +172,26 @@ def _backward(spec, saved, cotangents):
     # d_lse_s = w_s (d_out · (out_s - out) + d_lse).
     common = d_lse - jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
 
-    def tile(spec, hops, q, k, v, queries, keys):
-        (out, lse_here), pull = jax.vjp(
-            lambda q, k, v: _tile(spec, hops, q, k, v, queries, keys), q, k, v
-        )
-        share = _share(lse_here, lse)
-        d_out_here = share[..., None] * d_out.astype(wide)
-        d_lse_here = jnp.sum(d_out_here * out.astype(wide), axis=-1) + share * common
+    def gradients(function, rows, q, k, v, queries, keys):
+        (out, lse_here), pull = jax.vjp(lambda *x: function(*x, queries, keys), q, k, v)
+        d_out_of_rows, lse_of_rows, common_of_rows = rows.cut((d_out, lse, common))
+        share = _share(lse_here, lse_of_rows)
+        d_out_here = share[..., None] * d_out_of_rows.astype(wide)
+        d_lse_here = jnp.sum(d_out_here * out.astype(wide), axis=-1) + share * common_of_rows
         return _widened(pull((d_out_here.astype(out.dtype), d_lse_here)), wide)
 
-    def none(spec, q, k, v, queries, keys):
-        return _widened(jax.tree.map(jnp.zeros_like, (q, k, v)), wide)
+    def tile(rows, columns, *arguments):
+        return gradients(functools.partial(_tile, spec, rows, columns), rows, *arguments)
 
     def hop(carry, hops):
         dq, d_keys, here = carry
         coming, d_keys = _onward(spec, here), _onward(spec, d_keys)
-        found = _where_seen(spec, hops, tile, none, (q, *here[:2], queries, here[2]))
+        found = _where_seen(spec, hops, tile, (q, *here[:2], queries, here[2]))
         return (dq + found[0], jax.tree.map(jnp.add, d_keys, found[1:]), coming), None
 
     coming = _onward(spec, (k, v, keys))
-    dq, *d_keys = tile(spec, 0, q, k, v, queries, keys)
+    own = functools.partial(_own_tile, spec)
+    dq, *d_keys = gradients(own, _ALL, q, k, v, queries, keys)
     (dq, d_keys, _), _ = jax.lax.scan(hop, (dq, tuple(d_keys), coming), _hops(spec))
     dk, dv = _onward(spec, d_keys)  # home
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
@@ -137,30 +211,28 @@ def _onward(spec, arrays):
     return jax.lax.ppermute(arrays, spec.axis_name, [(i, (i + 1) % size) for i in range(size)])
 
 
-def _where_seen(spec, hops, function, otherwise, arguments):
-    """`function` of the keys that came `hops` devices far, unless all of them are later than the queries."""
+def _where_seen(spec, hops, function, arguments):
+    """`function` of the part of the queries that sees keys which came `hops` devices far, and the part of these."""
     if not spec.causal or arguments[3].position is not None:
-        return function(spec, hops, *arguments)
+        return function(_ALL, _ALL, *arguments)
     return jax.lax.cond(
         hops <= jax.lax.axis_index(spec.axis_name),
-        functools.partial(function, spec, hops),
-        functools.partial(otherwise, spec),
+        functools.partial(function, _ALL, _FIRST),
+        functools.partial(function, _SECOND, _ALL),
         *arguments,
     )
 
 
-def _tile(spec, hops, q, k, v, queries, keys):
-    """`(out, lse)` of queries and keys that are here."""
-    is_own = isinstance(hops, int)
-    causal = spec.causal and (is_own or queries.position is not None)
+def _own_tile(spec, q, k, v, queries, keys):
+    """`(out, lse)` of the queries and keys of one device."""
+    return spec.attend(q, k, v, queries, keys, causal=spec.causal, window=spec.window)
+
+
+def _tile(spec, rows, columns, q, k, v, queries, keys):
+    """`(out, lse)` of a part of the queries, and of the keys of another device, of which they see all."""
+    (q, queries), (k, v, keys) = rows.cut((q, queries)), columns.cut((k, v, keys))
+    causal = spec.causal and queries.position is not None
     return spec.attend(q, k, v, queries, keys, causal=causal, window=spec.window)
-
-
-def _nothing(spec, q, k, v, queries, keys):
-    """`(out, lse)` of queries that see no key."""
-    out = jnp.zeros_like(q, v.dtype, shape=(*q.shape[:3], v.shape[3]))
-    lse = jnp.zeros_like(q, jnp.promote_types(q.dtype, jnp.float32), shape=q.shape[:3])
-    return out, lse - jnp.inf
 
 
 def _merged(so_far, found):
