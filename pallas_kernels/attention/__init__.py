@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.attention import reference, ring, xla
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.checks import check_positive_int, check_soft_cap
-from pallas_kernels.dispatch import call, kernels_or_xla
+from pallas_kernels.dispatch import kernels_or_xla, select
 from pallas_kernels.residuals import keep
 
 IMPLEMENTATIONS = kernels_or_xla(
@@ -91,8 +91,14 @@ def attention(
     return (out, lse) if return_lse else out
 
 
-def _attend(q, k, v, queries: Tokens, keys: Tokens, *, causal, window, implementation, **options):
-    """`(out, lse)`; where the tokens have no positions, these are in index order."""
+def _attend(
+    q, k, v, queries: Tokens, keys: Tokens, *, causal, window, implementation, known=None, **options
+):
+    """`(out, lse)`; where the tokens have no positions, these are in index order.
+
+    `known`: `(out, lse)` over these and more keys. It is what is returned then, at no cost, with the gradients that
+    belong to these keys: weights come from the log-sum-exp, so that these add up over all keys.
+    """
     is_ordered = queries.position is None
     if is_ordered:
         queries, keys = (
@@ -100,9 +106,10 @@ def _attend(q, k, v, queries: Tokens, keys: Tokens, *, causal, window, implement
             for tokens, x in ((queries, q), (keys, k))
         )
     mask = Mask(q.shape[1], k.shape[1], causal, window, is_ordered)
-    return call(
-        "attention", IMPLEMENTATIONS, implementation, q, k, v, queries, keys, mask=mask, **options
-    )
+    options["mask"] = mask
+    arguments = q, k, v, queries, keys
+    function = select("attention", IMPLEMENTATIONS, implementation, *arguments, **options)
+    return function(*arguments, known=known, **options)
 
 
 def _check_arrays(q, k, v) -> None:

@@ -46,24 +46,32 @@ def attention(
     mask: Mask,
     scale,
     logits_soft_cap,
+    known=None,
     interpret=False,
 ):
-    """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`; see the package for the arguments.
+    """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`, or `known`; see the package for the arguments.
 
     `interpret`: True or a `plgpu.InterpretGPUParams` to run without a GPU. The interpreter has side effects, with which
     JAX refuses `jax.checkpoint` and `jax.shard_map`; the compiled kernel has none.
     """
     has_tokens = mask.takes_tokens(queries)
     spec = Spec(mask, scale, logits_soft_cap, has_tokens, hopper.interpreter(interpret))
-    return _attention(spec, *vary_alike((q, k, v, queries, keys)))
+    return _attention(spec, *vary_alike((q, k, v, queries, keys, known)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, q, k, v, queries, keys):
-    return _forward(spec, q, k, v, queries, keys)[0]
+def _attention(spec, *arguments):
+    return _forward(spec, *arguments)[0]
 
 
-def _forward(spec, q, k, v, queries, keys):
+def _forward(spec, *arguments):
+    *arguments, known = arguments
+    if known is None:
+        known = keep(*_out_and_lse(spec, *arguments))
+    return known, (*arguments, *known)
+
+
+def _out_and_lse(spec, q, k, v, queries, keys):
     tokens = gpu_tile.token_arrays(spec, queries, keys, BLOCK, KEYS)
     width = gpu_tile.width(q, v)
     padded_q = gpu_tile.pad_heads(q, BLOCK, width)
@@ -91,8 +99,7 @@ def _forward(spec, q, k, v, queries, keys):
     )
     out = out[:, : q.shape[1], :, : v.shape[3]]
     lse = lse[:, :, : q.shape[1]].swapaxes(1, 2)
-    out, lse = keep(out, lse)
-    return (out, lse), (q, k, v, queries, keys, out, lse)
+    return out, lse
 
 
 _attention.defvjp(_forward, gpu_backward.backward)

@@ -103,6 +103,14 @@ def side_by_side(x, head_lanes: int, block: int):
     return x.reshape(batch, -1, heads * head_lanes)
 
 
+def of_programs(heads: Heads, x, block: int):
+    """[B, T, H] -> [B, programs, query heads of one, T padded], T padded to a multiple of `block`."""
+    batch, length, count = x.shape
+    missing = heads.programs * heads.queries - count
+    x = jnp.pad(x.swapaxes(1, 2), ((0, 0), (0, missing), (0, -length % block)))
+    return x.reshape(batch, heads.programs, heads.queries, -1)
+
+
 def apart(x, length: int, heads: int, dim: int):
     """[B, T padded, H * head_lanes] -> [B, T, H, D]."""
     return x.reshape(*x.shape[:2], heads, -1)[:, :length, :, :dim]

@@ -26,7 +26,8 @@ from pallas_kernels.attention.mask import Tokens
 from pallas_kernels.residuals import keep
 from pallas_kernels.varying import vary_alike
 
-# `(q, k, v, queries, keys, *, causal, window) -> (out, lse)` for arrays of one device; no positions mean index order.
+# `(q, k, v, queries, keys, *, causal, window, known) -> (out, lse)` for arrays of one device; no positions mean index
+# order. Of `known`, which are the `(out, lse)` over more keys, the gradients are those that belong to these.
 Attend = Callable[..., tuple[jax.Array, jax.Array]]
 
 
@@ -168,17 +169,11 @@ def _backward(spec, saved, cotangents):
     q, k, v, queries, keys, out, lse = saved
     d_out, d_lse = cotangents
     wide = lse.dtype
-    # out = Σ w_s out_s over the shards s with w_s = exp(lse_s - lse), so that d_out_s = w_s d_out and
-    # d_lse_s = w_s (d_out · (out_s - out) + d_lse).
-    common = d_lse - jnp.sum(d_out.astype(wide) * out.astype(wide), axis=-1)
 
-    def gradients(function, rows, q, k, v, queries, keys):
-        (out, lse_here), pull = jax.vjp(lambda *x: function(*x, queries, keys), q, k, v)
-        d_out_of_rows, lse_of_rows, common_of_rows = rows.cut((d_out, lse, common))
-        share = _share(lse_here, lse_of_rows)
-        d_out_here = share[..., None] * d_out_of_rows.astype(wide)
-        d_lse_here = jnp.sum(d_out_here * out.astype(wide), axis=-1) + share * common_of_rows
-        return _widened(pull((d_out_here.astype(out.dtype), d_lse_here)), wide)
+    def gradients(tile, rows, q, k, v, queries, keys):
+        known = rows.cut((out, lse))
+        _, pull = jax.vjp(lambda *x: tile(*x, queries, keys, known=known), q, k, v)
+        return _widened(pull(rows.cut((d_out, d_lse))), wide)
 
     def tile(rows, columns, *arguments):
         return gradients(functools.partial(_tile, spec, rows, columns), rows, *arguments)
@@ -190,8 +185,7 @@ def _backward(spec, saved, cotangents):
         return (dq + found[0], jax.tree.map(jnp.add, d_keys, found[1:]), coming), None
 
     coming = _onward(spec, (k, v, keys))
-    own = functools.partial(_own_tile, spec)
-    dq, *d_keys = gradients(own, _ALL, q, k, v, queries, keys)
+    dq, *d_keys = gradients(functools.partial(_own_tile, spec), _ALL, q, k, v, queries, keys)
     (dq, d_keys, _), _ = jax.lax.scan(hop, (dq, tuple(d_keys), coming), _hops(spec))
     dk, dv = _onward(spec, d_keys)  # home
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None, None
@@ -223,16 +217,16 @@ def _where_seen(spec, hops, function, arguments):
     )
 
 
-def _own_tile(spec, q, k, v, queries, keys):
+def _own_tile(spec, *arguments, known=None):
     """`(out, lse)` of the queries and keys of one device."""
-    return spec.attend(q, k, v, queries, keys, causal=spec.causal, window=spec.window)
+    return spec.attend(*arguments, causal=spec.causal, window=spec.window, known=known)
 
 
-def _tile(spec, rows, columns, q, k, v, queries, keys):
+def _tile(spec, rows, columns, q, k, v, queries, keys, known=None):
     """`(out, lse)` of a part of the queries, and of the keys of another device, of which they see all."""
     (q, queries), (k, v, keys) = rows.cut((q, queries)), columns.cut((k, v, keys))
     causal = spec.causal and queries.position is not None
-    return spec.attend(q, k, v, queries, keys, causal=causal, window=spec.window)
+    return spec.attend(q, k, v, queries, keys, causal=causal, window=spec.window, known=known)
 
 
 def _merged(so_far, found):

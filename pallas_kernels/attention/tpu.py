@@ -57,9 +57,10 @@ def attention(
     mask: Mask,
     scale,
     logits_soft_cap,
+    known=None,
     interpret=False,
 ):
-    """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`; see the package for the arguments.
+    """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`, or `known`; see the package for the arguments.
 
     `interpret` is what `pallas_call` takes: True or a `pltpu.InterpretParams` to run without a TPU.
     """
@@ -80,17 +81,28 @@ def attention(
     q = lanes.side_by_side(q, heads.keys_width // heads.sides, lengths.queries)
     k = lanes.side_by_side(k, heads.keys_width // heads.sides, lengths.keys)
     v = lanes.side_by_side(v, heads.values_width // heads.sides, lengths.keys)
-    out, lse = _attention(spec, *vary_alike((q, k, v, queries, keys)))
+    if known is not None:
+        out, lse = known
+        out = lanes.side_by_side(out, heads.values_width // heads.sides, lengths.queries)
+        known = out, lanes.of_programs(heads, lse, lengths.queries)
+    out, lse = _attention(spec, *vary_alike((q, k, v, queries, keys, known)))
     lse = lse.reshape(lse.shape[0], -1, lse.shape[3])[:, :num_heads, :num_queries]
     return lanes.apart(out, num_queries, num_heads, value_dim), lse.swapaxes(1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, q, k, v, queries, keys):
-    return _forward(spec, q, k, v, queries, keys)[0]
+def _attention(spec, *arguments):
+    return _forward(spec, *arguments)[0]
 
 
-def _forward(spec, q, k, v, queries, keys):
+def _forward(spec, *arguments):
+    *arguments, known = arguments
+    if known is None:
+        known = keep(*_out_and_lse(spec, *arguments))
+    return known, (*arguments, *known)
+
+
+def _out_and_lse(spec, q, k, v, queries, keys):
     """Of arrays with heads side by side; the log-sum-exp is [B, programs, heads, Tq padded]."""
     heads = spec.heads
     batch, length, q_lanes = q.shape
@@ -123,8 +135,7 @@ def _forward(spec, q, k, v, queries, keys):
         ),
         name="attention_forward",
     )
-    out, lse = keep(out, lse)
-    return (out, lse), (q, k, v, queries, keys, out, lse)
+    return out, lse
 
 
 _attention.defvjp(_forward, tpu_backward.backward)

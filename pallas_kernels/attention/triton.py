@@ -54,9 +54,10 @@ def attention(
     mask: Mask,
     scale,
     logits_soft_cap,
+    known=None,
     interpret: bool = False,
 ):
-    """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`; see the package for the arguments.
+    """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`, or `known`; see the package for the arguments.
 
     `interpret`: run without a GPU, by Triton's interpreter.
     """
@@ -70,15 +71,22 @@ def attention(
         soft_cap=logits_soft_cap,
         blocks=triton_blocks.of(triton_blocks.FORWARD, q, v),
     )
-    return _attention(spec, interpret, *vary_alike((q, k, v, queries, keys)))
+    return _attention(spec, interpret, *vary_alike((q, k, v, queries, keys, known)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(spec, interpret, q, k, v, queries, keys):
-    return _forward(spec, interpret, q, k, v, queries, keys)[0]
+def _attention(spec, interpret, *arguments):
+    return _forward(spec, interpret, *arguments)[0]
 
 
-def _forward(spec: Spec, interpret, q, k, v, queries, keys):
+def _forward(spec: Spec, interpret, *arguments):
+    *arguments, known = arguments
+    if known is None:
+        known = keep(*_out_and_lse(spec, interpret, *arguments))
+    return known, (*arguments, *known)
+
+
+def _out_and_lse(spec: Spec, interpret, q, k, v, queries, keys):
     length, heads = spec.q.length, spec.q.heads
     out, lse = triton_call.call(
         attention_forward,
@@ -92,8 +100,7 @@ def _forward(spec: Spec, interpret, q, k, v, queries, keys):
         launch=spec.blocks.launch,
         interpret=interpret,
     )
-    out, lse = keep(out, lse)
-    return (out, lse.swapaxes(1, 2)), (q, k, v, queries, keys, out, lse)
+    return out, lse.swapaxes(1, 2)
 
 
 _attention.defvjp(_forward, triton_backward.backward)

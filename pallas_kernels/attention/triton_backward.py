@@ -35,14 +35,14 @@ from pallas_kernels.triton_tiles import dot, load_tile, store_tile, vector_point
 
 
 def backward(spec: Spec, interpret: bool, saved, cotangents):
-    """Gradients of `(q, k, v, queries, keys)`; the rule of the custom VJP in `triton.py`."""
+    """Gradients of `(q, k, v, queries, keys, known)`; the rule of the custom VJP in `triton.py`."""
     q, k, v, queries, keys, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
     # A row that sees nothing is masked wherever it is visited; finite numbers keep it from making NaN.
     empty = jnp.isneginf(lse)
-    delta = jnp.where(empty, 0, delta.swapaxes(1, 2))
-    lse = jnp.where(empty, 0, lse * LOG2_E.value)
+    delta = jnp.where(empty, 0, delta).swapaxes(1, 2)
+    lse = jnp.where(empty, 0, lse * LOG2_E.value).swapaxes(1, 2)
     spec = dataclasses.replace(spec, blocks=triton_blocks.of(triton_blocks.BACKWARD, q, v))
     tokens = token_arrays(spec, queries, keys, q.shape[0])
 
@@ -59,7 +59,7 @@ def backward(spec: Spec, interpret: bool, saved, cotangents):
 
     (dq,) = run(attention_backward_queries, spec.num_query_blocks * spec.q.heads, q)
     dk, dv = run(attention_backward_keys, spec.num_key_blocks * spec.k.heads, k, v)
-    return dq, dk, dv, None, None
+    return dq, dk, dv, None, None, None
 
 
 @triton.jit

@@ -58,8 +58,10 @@ class _Spec:
         return Blocks(self.q_block, self.k_block)
 
 
-def attention(q, k, v, queries: Tokens, keys: Tokens, *, mask: Mask, scale, logits_soft_cap):
-    """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`; see the package for the arguments."""
+def attention(
+    q, k, v, queries: Tokens, keys: Tokens, *, mask: Mask, scale, logits_soft_cap, known=None
+):
+    """Returns `(out [B, Tq, H, Dv], lse [B, Tq, H])`, or `known`; see the package for the arguments."""
     batch, heads = q.shape[0], q.shape[2]
     if q.dtype == _accumulator(q.dtype):
         q, scale = scale * q, 1.0
@@ -69,7 +71,7 @@ def attention(q, k, v, queries: Tokens, keys: Tokens, *, mask: Mask, scale, logi
     )
     has_tokens, group = mask.takes_tokens(queries), heads // k.shape[2]
     spec = _Spec(mask, has_tokens, scale, logits_soft_cap, group, rows, q_block, k_block)
-    return _attention(spec, *vary_alike((q, k, v, queries, keys)))
+    return _attention(spec, *vary_alike((q, k, v, queries, keys, known)))
 
 
 def _tile(batch: int, heads: int, mask: Mask) -> tuple[int, tuple[int, int]]:
@@ -95,13 +97,15 @@ def _block_length(length: int, target: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, q, k, v, queries, keys):
-    return _forward(spec, q, k, v, queries, keys)[0]
+def _attention(spec, *arguments):
+    return _forward(spec, *arguments)[0]
 
 
 def _forward(spec, *arguments):
-    out, lse = keep(*_over_batch(spec, functools.partial(_forward_rows, spec), *arguments))
-    return (out, lse), (*arguments, out, lse)
+    *arguments, known = arguments
+    if known is None:
+        known = keep(*_over_batch(spec, functools.partial(_forward_rows, spec), *arguments))
+    return known, (*arguments, *known)
 
 
 def _forward_rows(spec, q, k, v, queries, keys):
@@ -141,7 +145,7 @@ def _forward_rows(spec, q, k, v, queries, keys):
 
 def _backward(spec, saved, cotangents):
     gradients = _over_batch(spec, functools.partial(_backward_rows, spec), *saved, *cotangents)
-    return *gradients, None, None
+    return *gradients, None, None, None
 
 
 def _backward_rows(spec, q, k, v, queries, keys, out, lse, d_out, d_lse):

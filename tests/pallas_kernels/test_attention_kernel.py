@@ -1,17 +1,20 @@
 """attention: against NumPy loops, then the fast form against the reference in float64."""
 
 import math
+from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from proof import assert_close, relative_error, temporary_bytes
+from proof import TOLERANCE, assert_close, relative_error, temporary_bytes
 
 from pallas_kernels import attention
-from pallas_kernels.attention import visits, xla
+from pallas_kernels.attention import _attend, visits, xla
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens
+
+needs_triton = pytest.mark.skipif(find_spec("jax_triton") is None, reason="needs jax-triton")
 
 
 def random_inputs(rng, batch, num_queries, num_keys, heads, kv_heads, dim=4, value_dim=6):
@@ -304,3 +307,47 @@ def test_ranges_are_the_tiles_that_hold_something(rng, order):
                 part = rows[:, tile * lengths[1] :][:, : lengths[1]]
                 assert (first <= tile < stop) == part.any()
                 assert (first_full <= tile < stop_full) == part.all()
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dtype"),
+    [
+        ("reference", "float32"),
+        ("xla", "float32"),
+        ("tpu_interpret", "float32"),
+        pytest.param("gpu_interpret", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("triton_interpret", "float32", marks=[pytest.mark.slow, needs_triton]),
+    ],
+)
+def test_gradients_of_parts_of_the_keys_add_up_to_those_of_all(rng, implementation, dtype):
+    inputs, cotangents = random_inputs(rng, 1, 30, 50, 6, 3)
+    q, k, v = (jnp.asarray(x, dtype) for x in inputs.values())
+    cotangents = jnp.asarray(cotangents["out"], dtype), jnp.float32(cotangents["lse"])
+
+    def gradients(implementation, arrays, known=None):
+        """`(out, lse)`, and the gradients of q, k and v."""
+
+        @jax.jit
+        def run(arrays, known):
+            def attend(q, k, v):
+                tokens = Tokens(None, None), Tokens(None, None)
+                options = {"causal": False, "window": None, "scale": 0.5, "logits_soft_cap": 3.0}
+                return _attend(
+                    q, k, v, *tokens, implementation=implementation, known=known, **options
+                )
+
+            found, pull = jax.vjp(attend, *arrays)
+            return found, pull(cotangents)
+
+        return run(arrays, known)
+
+    known, want = gradients("xla", (q, k, v))
+    parts = []
+    for at in (slice(0, 16), slice(16, 50)):
+        same, found = gradients(implementation, (q, k[:, at], v[:, at]), known)
+        jax.tree.map(np.testing.assert_array_equal, same, known)
+        parts.append(found)
+    (dq, *d_keys), (dq_of_rest, *d_rest) = parts
+    d_keys = (jnp.concatenate(x, axis=1) for x in zip(d_keys, d_rest, strict=True))
+    for x, y in zip((dq + dq_of_rest, *d_keys), want, strict=True):
+        assert relative_error(x, y) < TOLERANCE[dtype]
