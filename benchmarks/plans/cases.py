@@ -37,6 +37,18 @@ def _with_rows(rows: int) -> tuple[str, ...]:
     return (*_OVER_64, f"--config.data.batch_size={rows}")
 
 
+def _one_row_of(tokens: int, chips: int) -> tuple[str, ...]:
+    """Of which each chip has its share."""
+    return (
+        f"--config.mesh.context={chips}",
+        "--config.mesh.fsdp=1",
+        "--config.data.batch_size=1",
+        "--config.data.shards=1",
+        f"--config.data.seq_len={tokens}",
+        f"--config.model.max_seq_len={tokens}",
+    )
+
+
 UTILIZATION = (
     Case("transformer:1.7b", "v5e:16x16", _OVER_64, 0.5),
     Case("mor:1.7b", "v5e:16x16", _OVER_64, 0.5),
@@ -56,4 +68,8 @@ MEMORY = tuple(
     for recipe in ("transformer:135m", "mor:135m")
     for topology, chips in _ONE_ROW.items()
 )
-CASES = {case.name: case for case in (*UTILIZATION, *MEMORY)}
+CONTEXT = tuple(
+    Case("transformer:360m", topology, _one_row_of(8192 * chips, chips))
+    for topology, chips in {"v5p:2x2x1": 4, "v5p:2x2x4": 16, "v5p:4x4x4": 64}.items()
+)
+CASES = {case.name: case for case in (*UTILIZATION, *MEMORY, *CONTEXT)}

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plans.cases import MEMORY, UTILIZATION, Case
+from benchmarks.plans.cases import CONTEXT, MEMORY, UTILIZATION, Case
 
 _GIB = 2**30
 _PARTS = ("parameters", "optimizer", "other", "temporaries")
@@ -28,6 +28,15 @@ _MEMORY = """
 | recipe | machine | chips | GiB a chip | of it state | jax |
 |---|---|--:|--:|--:|---|
 """
+_CONTEXT = """
+## One row over all chips, 8192 tokens on each
+
+Keys go around a ring of all chips, on which each has the whole state: a row is as long as there are chips for it. Every
+token sees all before it, so that a row of twice the length on twice the chips takes attention twice the time.
+
+| recipe | machine | chips | tokens of the row | GiB a chip | ms a step | of it waiting for chips |
+|---|---|--:|--:|--:|--:|--:|
+"""
 
 
 def document(plans: Mapping[str, Mapping[str, Any]]) -> str:
@@ -38,7 +47,9 @@ def document(plans: Mapping[str, Mapping[str, Any]]) -> str:
     """
     pace = "".join(_pace(case, plans[case.name]) for case in UTILIZATION if case.name in plans)
     memory = "".join(_memory(case, plans[case.name]) for case in MEMORY if case.name in plans)
-    return f"{_INTRODUCTION}\n{_UTILIZATION}{pace}{_MEMORY}{memory}\n![curve](results/plans.png)\n"
+    context = "".join(_context(case, plans[case.name]) for case in CONTEXT if case.name in plans)
+    memory += "\n![curve](results/plans.png)\n"
+    return f"{_INTRODUCTION}\n{_UTILIZATION}{pace}{_MEMORY}{memory}{_CONTEXT}{context}"
 
 
 def draw(plans: Mapping[str, Mapping[str, Any]], path: Path) -> None:
@@ -95,3 +106,17 @@ def _memory(case: Case, plan: Mapping[str, Any]) -> str:
     state = memory["parameters"] + memory["optimizer"]
     gib = (f"{x / _GIB:.3f}" for x in (memory["total"], state))
     return f"| {' | '.join((case.recipe, case.topology, str(plan['num_chips']), *gib, plan['jax']))} |\n"
+
+
+def _context(case: Case, plan: Mapping[str, Any]) -> str:
+    pace, tokens = plan["pace"], plan["settings"]["seq_len"]
+    cells = (
+        case.recipe,
+        case.topology,
+        plan["num_chips"],
+        f"{tokens:,}",
+        f"{plan['memory']['total'] / _GIB:.1f}",
+        f"{1000 * pace['seconds']:,.0f}",
+        f"{1000 * pace['times']['network']:,.0f}",
+    )
+    return f"| {' | '.join(map(str, cells))} |\n"
