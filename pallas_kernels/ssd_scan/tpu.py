@@ -3,7 +3,7 @@
 Here are layout, grid and the custom VJP; `tpu_forward` and `tpu_backward` have the kernels, `tpu_chunk` what they
 share, `tpu_blocks` the sizes. For the backward, and only then, the forward keeps the state before each tile, in the
 dtype in which the matrix unit takes it: N over the tokens of a tile times the size of x, instead of a second walk
-through the chunk.
+through the chunk; and the running sums of dt A, of the size of dt, instead of a product that all others wait for.
 """
 
 import functools
@@ -78,12 +78,14 @@ def ssd_scan(x, dt, A, B, C, D, reset, state, *, chunk_size, interpret=False):
     padded = pad_heads(padded, 2).reshape(batch, time + more_time, -1)
     past = jnp.pad(state, ((0, 0), (0, 0), (0, more_dim), (0, more_states)))
     past = pad_heads(past, 1).transpose(0, 3, 1, 2).reshape(batch, states + more_states, -1)
+    rates = pad_heads(A.astype(jnp.float32), 0).reshape(-1, sizes.heads, 1)
+    rates = jnp.broadcast_to(rates, (*rates.shape[:2], LANES))
     skip = None if D is None else jnp.repeat(pad_heads(D, 0), sizes.dim)[None]
     y, last = _scan(
         Spec(sizes, interpreter(interpret, x)),
         padded,
         in_rows(dt),
-        in_rows(dt * A),
+        rates,
         by_group(B),
         by_group(C),
         skip,
@@ -125,20 +127,20 @@ def segment_marks(reset, sizes: Blocks):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(spec, x, dt, log_decay, B, C, D, marks, state):
-    """In the kernels' layout: x [B, T, channels], dt and log_decay = dt A [B, steps, heads, T], B and C
-    [B, G, T, N], D [1, channels], marks [B, 4, T], the state [B, N, channels]."""
-    y, last, _ = _call_forward(spec, x, dt, log_decay, B, C, D, marks, state, keeps_pasts=False)
+def _scan(spec, x, dt, A, B, C, D, marks, state):
+    """In the kernels' layout: x [B, T, channels], dt [B, steps, heads, T], A [steps, heads, 128], a rate in all
+    lanes, B and C [B, G, T, N], D [1, channels], marks [B, 4, T], the state [B, N, channels]."""
+    y, last, *_ = _call_forward(spec, x, dt, A, B, C, D, marks, state, keeps_pasts=False)
     return y, last
 
 
-def _forward(spec, x, dt, log_decay, B, C, D, marks, state):
-    y, last, pasts = _call_forward(spec, x, dt, log_decay, B, C, D, marks, state, keeps_pasts=True)
-    y, last, pasts = keep(y, last, pasts)
-    return (y, last), (x, dt, log_decay, B, C, D, marks, pasts, last)
+def _forward(spec, x, dt, A, B, C, D, marks, state):
+    y, last, *kept = _call_forward(spec, x, dt, A, B, C, D, marks, state, keeps_pasts=True)
+    y, last, pasts, totals = keep(y, last, *kept)
+    return (y, last), (x, dt, A, totals, B, C, D, marks, pasts, last)
 
 
-def _call_forward(spec, x, dt, log_decay, B, C, D, marks, state, *, keeps_pasts):
+def _call_forward(spec, x, dt, A, B, C, D, marks, state, *, keeps_pasts):
     grid = _Grid(spec, x, B, reverse=False)
     tiles = grid.chunks * spec.blocks.tiles
     pasts = shaped_like(x, (x.shape[0], tiles, *state.shape[1:]), x.dtype)
@@ -147,7 +149,7 @@ def _call_forward(spec, x, dt, log_decay, B, C, D, marks, state, *, keeps_pasts)
         [
             (x, grid.tokens),
             (dt, grid.heads),
-            (log_decay, grid.heads),
+            (A, grid.rates),
             (B, grid.states),
             (C, grid.states),
             (D, grid.skip),
@@ -158,24 +160,27 @@ def _call_forward(spec, x, dt, log_decay, B, C, D, marks, state, *, keeps_pasts)
             (x, grid.tokens),
             (shaped_like(x, state.shape, jnp.float32), grid.last_state),
             (pasts if keeps_pasts else None, grid.pasts),
+            (dt if keeps_pasts else None, grid.heads),
         ],
         [pltpu.VMEM((spec.blocks.tile, spec.blocks.pack_tokens), jnp.float32)],
     )
 
 
 def _backward(spec, saved, cotangents):
-    x, dt, log_decay, B, C, D, marks, pasts, last = saved
+    x, dt, A, totals, B, C, D, marks, pasts, last = saved
     d_y, d_last = cotangents
     grid, sizes = _Grid(spec, x, B, reverse=True), spec.blocks
-    per_chunk = shaped_like(x, (x.shape[0], grid.chunks, 1, x.shape[2]), jnp.float32)
+    of_skip = shaped_like(x, (x.shape[0], grid.chunks, 1, x.shape[2]), jnp.float32)
+    of_rates = shaped_like(x, (x.shape[0], grid.chunks, *A.shape), jnp.float32)
     mask = pltpu.VMEM((sizes.tile, sizes.pack_tokens), jnp.float32)
     by_state = pltpu.VMEM((sizes.chunk, B.shape[3]), jnp.float32)
-    d_x, d_dt, d_log_decay, d_B, d_C, d_D, d_state = grid.call(
+    d_x, d_dt, d_A, d_B, d_C, d_D, d_state = grid.call(
         tpu_backward.kernel,
         [
             (x, grid.tokens),
             (dt, grid.heads),
-            (log_decay, grid.heads),
+            (A, grid.rates),
+            (totals, grid.heads),
             (B, grid.states),
             (C, grid.states),
             (D, grid.skip),
@@ -188,10 +193,10 @@ def _backward(spec, saved, cotangents):
         [
             (x, grid.tokens),
             (dt, grid.heads),
-            (log_decay, grid.heads),
+            (of_rates, grid.rate_gradient),
             (B, grid.states),
             (C, grid.states),
-            (None if D is None else per_chunk, grid.skip_gradient),
+            (None if D is None else of_skip, grid.skip_gradient),
             (d_last, grid.last_state),
         ],
         [
@@ -206,7 +211,7 @@ def _backward(spec, saved, cotangents):
     )
     d_D = None if D is None else d_D.sum(axis=(0, 1))
     d_marks = None if marks is None else jnp.zeros_like(marks)
-    return d_x, d_dt, d_log_decay, d_B, d_C, d_D, d_marks, d_state
+    return d_x, d_dt, d_A.sum(axis=(0, 1)), d_B, d_C, d_D, d_marks, d_state
 
 
 _scan.defvjp(_forward, _backward)
@@ -239,6 +244,13 @@ class _Grid:
         )
         self.states = pl.BlockSpec(
             (None, None, sizes.chunk, states), lambda b, g, c, j: (b, g, chunk(c), 0)
+        )
+        self.rates = pl.BlockSpec(
+            (None, sizes.heads, LANES), lambda b, g, c, j: (g * steps + j, 0, 0)
+        )
+        self.rate_gradient = pl.BlockSpec(
+            (None, None, None, sizes.heads, LANES),
+            lambda b, g, c, j: (b, chunk(c), g * steps + j, 0, 0),
         )
         self.skip = pl.BlockSpec((1, sizes.channels), lambda b, g, c, j: (0, g * steps + j))
         self.marks = pl.BlockSpec((None, 4, sizes.chunk), lambda b, g, c, j: (b, 0, chunk(c)))

@@ -16,7 +16,8 @@ several tiles. Pairs of tokens are [s, (head, t)] here, so that sums over s are 
 exp(total_t - total_s + log dt_s), so that nothing else is scaled by it, and is divided out of its own gradient.
 
 The passage of a pack of heads through its products is cut into stages where a result is waited for. What is left of
-sums over heads and tokens is done once a tile, by its last pack, in stages of their own.
+sums over heads and tokens is done once a tile, by its last pack; that of B and C and that of dt go side by side, so
+that few stages are left when the last pack is done.
 """
 
 import functools
@@ -59,22 +60,23 @@ FIRST = 2
 
 
 def kernel(
-    spec: Spec, x, dt, log_decay, B, C, D, marks, pasts, last, d_y, d_last,
-    d_x, d_dt, d_log_decay, d_B, d_C, d_D, d_initial,
+    spec: Spec, x, dt, A, total, B, C, D, marks, pasts, last, d_y, d_last,
+    d_x, d_dt, d_A, d_B, d_C, d_D, d_initial,
     carry, after, d_rows, d_ends, d_steps, wide_d_B, wide_d_C, mask,
 ) -> None:  # fmt: skip
     """Chunks come from the last to the first; the rest of the grid is that of the forward.
 
     Args:
         spec: static arguments.
-        x: as in `tpu_forward.kernel`; so are dt, log_decay, B, C, D, marks.
+        x: as in `tpu_forward.kernel`; so are dt, A, B, C, D, marks.
+        total: ref like dt, the forward's `all_totals`.
         pasts: ref [tiles, N, channels], the state before each tile.
         last: ref float32 [N, channels], the state after the last chunk.
         d_y: ref [tokens, channels].
         d_last: ref float32 [N, channels].
         d_x: ref like x.
         d_dt: ref like dt.
-        d_log_decay: ref like log_decay.
+        d_A: ref like A, the chunk's part: sums over every 128th token.
         d_B: ref like B.
         d_C: ref like C.
         d_D: ref float32 [1, channels], the chunk's part; None: not wanted.
@@ -96,8 +98,8 @@ def kernel(
         after[step] = last[...].astype(after.dtype)
 
     _walk_back(
-        sizes, step == 0, x, dt, log_decay, B, C, D, marks, pasts, d_y,
-        d_x, d_dt, d_log_decay, d_B, d_C, d_D,
+        sizes, step == 0, x, dt, A, total, B, C, D, marks, pasts, d_y,
+        d_x, d_dt, d_A, d_B, d_C, d_D,
         carry.at[step], after.at[step], d_rows, d_ends, d_steps, wide_d_B, wide_d_C, mask,
     )  # fmt: skip
     after[step] = pasts[0]
@@ -108,8 +110,8 @@ def kernel(
 
 
 def _walk_back(
-    sizes, is_first, x, dt, log_decay, B, C, D, marks, pasts, d_y,
-    d_x, d_dt, d_log_decay, d_B, d_C, d_D,
+    sizes, is_first, x, dt, A, total, B, C, D, marks, pasts, d_y,
+    d_x, d_dt, d_A, d_B, d_C, d_D,
     adjoint, after, d_rows, d_ends, d_steps, wide_d_B, wide_d_C, mask,
 ):  # fmt: skip
     """From the last tile to the first, with `adjoint` [N, channels] the gradient of the state after a tile."""
@@ -118,7 +120,8 @@ def _walk_back(
         mask[...] = unseen(sizes, 0, None, reading_on_rows=False)
     resets = None if marks is None else column(marks[2:3])
 
-    registers = all_registers(sizes, dt, log_decay, marks)
+    totals = [total[:, first : first + LANES] for first in range(0, sizes.chunk, LANES)]
+    registers = all_registers(sizes, dt, totals, marks)
     written = [Columns(sizes, of.written, on_matrix_unit=on_matrix_unit(sizes)) for of in registers]
 
     @functools.cache
@@ -153,9 +156,9 @@ def _walk_back(
         decays, weights, left, blocks, *of_end = prepared
         state = pasts[pack.tile, :, pack.channels]
         right = jnp.concatenate([x[pack.tokens, pack.channels], state], axis=0)
-        gradients = dot(left, block_diagonal(blocks), PLAIN)
-        # A matrix unit takes an operand that it has to turn at half the speed.
+        # First what waits for no other stage. A matrix unit takes an operand that it has to turn at half the speed.
         products = dot(right, block_diagonal([block.T for block in blocks]), PLAIN)
+        gradients = dot(left, block_diagonal(blocks), PLAIN)
         return decays, weights, gradients, products, *of_end
 
     def advance(pack, multiplied):
@@ -174,7 +177,7 @@ def _walk_back(
         d_input = gradients[: sizes.tile] + returns * to_end
         return decays, weights, d_input, products, d_B_part
 
-    sums, by_channel = {}, {}
+    sums, by_channel, of_rates = {}, {}, []
 
     def finish(pack, advanced):
         decays, weights, d_input, products, d_B_part = advanced
@@ -197,15 +200,12 @@ def _walk_back(
         )
         return of_step
 
-    def of_last_pack(function):
-        """A stage of whole tiles: its last pack takes it there."""
-
-        def stage(pack, finished):
-            return function(pack, finished) if pack.head == sizes.heads - sizes.pack else None
-
-        return stage
-
     def add_up(pack, of_step):
+        merged = merge(pack)
+        add_channels(pack, of_step)
+        return merged
+
+    def add_channels(pack, of_step):
         """Sums over channels, turned for whole registers of tokens; tiles come from the last."""
         tiles = [of_step, *by_channel.pop(pack.head, [])]
         if pack.tile * sizes.tile % LANES:
@@ -216,49 +216,56 @@ def _walk_back(
             of_head = turned[i * sizes.dim : (i + 1) * sizes.dim]
             d_steps[pack.tile * sizes.tile // LANES, pl.ds(pack.head + i, 1)] = _sum(of_head)
 
-    @of_last_pack
-    def merge(pack, _):
+    def merge(pack):
+        """The gradients of a tile's B, and of its C [N, (head, token)], by its last pack."""
+        if pack.head != sizes.heads - sizes.pack:
+            return None
         d_similarities, d_C_turned, d_B_tile = sums.pop(pack.tile)
         d_similarities = d_similarities.astype(dtype)
         d_B_tile += dot(d_similarities, repeated(sizes, C[pack.tokens]), PLAIN)
         return d_B_tile, (d_C_turned + dot(B[pack.tokens], d_similarities, ROWS)).astype(dtype)
 
-    @of_last_pack
     def turn_back(pack, merged):
+        if merged is None:
+            return None
         d_B_tile, d_C_turned = merged
         shape = (sizes.tile, LANES)
         i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        return d_B_tile, dot((i == j % sizes.tile).astype(dtype), d_C_turned, LAST)
+        turned = dot((i == j % sizes.tile).astype(dtype), d_C_turned, LAST)
+        return d_B_tile, turned, settle(pack)
 
-    @of_last_pack
-    def put(pack, turned):
-        for part, wide_sum, out in zip(turned, (wide_d_B, wide_d_C), (d_B, d_C), strict=True):
-            if sizes.steps > 1:
-                part += jnp.where(is_first, 0, wide_sum[pack.tokens])
-                wide_sum[pack.tokens] = part
-            out[pack.tokens] = part.astype(out.dtype)
+    def settle(pack):
+        """The gradients of dt, times dt, and of dt A, of 128 tokens."""
         number, place = divmod(pack.tile * sizes.tile, LANES)
         if place:
             return None
         in_register = LANES // sizes.tile
         by_tile = [d_rows[number * in_register + i] for i in range(in_register)]
         written = d_steps[number]
-        return written, from_rows(sizes, by_tile) + _at_end(sizes, d_ends[number]) - written
+        d_total = from_rows(sizes, by_tile) + _at_end(sizes, d_ends[number]) - written
+        return written, running_sums(d_total, LANES, reverse=True)
 
-    @of_last_pack
-    def settle(pack, of_totals):
-        """The gradients of dt and its decay, of 128 tokens."""
-        if of_totals is None:
+    def put(pack, turned):
+        if turned is None:
             return
-        written, d_total = of_totals
+        *of_states, of_steps = turned
+        for part, wide_sum, out in zip(of_states, (wide_d_B, wide_d_C), (d_B, d_C), strict=True):
+            if sizes.steps > 1:
+                part += jnp.where(is_first, 0, wide_sum[pack.tokens])
+                wide_sum[pack.tokens] = part
+            out[pack.tokens] = part.astype(out.dtype)
+        if of_steps is None:
+            return
+        written, d_log_decay = of_steps
         number = pack.tile * sizes.tile // LANES
         lanes = pl.ds(number * LANES, LANES)
-        d_log_decay[:, lanes] = running_sums(d_total, LANES, reverse=True)
-        d_dt[:, lanes] = written / registers[number].step
+        d_dt[:, lanes] = written / registers[number].step + A[...] * d_log_decay
+        of_rates.append(dt[:, lanes] * d_log_decay)
 
     by_tile = sorted(packs(sizes), key=lambda pack: (-pack.tile, pack.head))
-    stages = (bring, prepare, multiply, advance, finish, add_up, merge, turn_back, put, settle)
+    stages = (bring, prepare, multiply, advance, finish, add_up, turn_back, put)
     pipelined(by_tile, *stages, together=TOGETHER, first=FIRST)
+    d_A[...] = sum(of_rates)
     if d_D is not None:
         d_D[...] = _sum(wide(x[...]) * wide(d_y[...]))
 

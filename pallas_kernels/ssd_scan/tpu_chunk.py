@@ -88,10 +88,10 @@ class Register:
     marks: jax.Array | None
 
 
-def all_registers(sizes: Blocks, dt, log_decay, marks) -> list[Register]:
-    """Those of a chunk, of refs [heads, tokens] and [4, tokens]."""
+def all_registers(sizes: Blocks, dt, totals, marks) -> list[Register]:
+    """Those of a chunk, of refs dt [heads, tokens] and marks [4, tokens], and `Register.total` of each."""
     registers = []
-    for number, total in enumerate(_totals(sizes, log_decay)):
+    for number, total in enumerate(totals):
         lanes = pl.ds(number * LANES, LANES)
         step = jnp.maximum(dt[:, lanes], LEAST_STEP)
         of_tokens = None if marks is None else marks[:, lanes]
@@ -99,20 +99,21 @@ def all_registers(sizes: Blocks, dt, log_decay, marks) -> list[Register]:
     return registers
 
 
-def _totals(sizes: Blocks, log_decay) -> list[jax.Array]:
-    """`Register.total` of all, of a ref [heads, tokens].
+def totals(sizes: Blocks, dt, A) -> list[jax.Array]:
+    """`Register.total` of all, of refs dt [heads, tokens] and A [heads, 128].
 
     A matrix unit has to be given the ones of running sums for each product. Of wide units there are two, and a product
     for each; of others there are more, and the first product is done sooner.
     """
-    totals, firsts = [], range(0, sizes.chunk, LANES)
+    rates = A[...] * LOG2_E
+    of_all, firsts = [], range(0, sizes.chunk, LANES)
     together = -(-len(firsts) // 2) if on_matrix_unit(sizes) else 1
     for i in range(0, len(firsts), together):
         group = firsts[i : i + together]
-        exponents = [log_decay[:, pl.ds(first, LANES)] * LOG2_E for first in group]
+        exponents = [dt[:, pl.ds(first, LANES)] * rates for first in group]
         exponents = jnp.maximum(jnp.concatenate(exponents, axis=0), NOTHING)
-        totals += jnp.split(running_sums(exponents, sizes.tile), len(group))
-    return totals
+        of_all += jnp.split(running_sums(exponents, sizes.tile), len(group))
+    return of_all
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     packs,
     scales,
     similarity,
+    totals,
     unseen,
     wide,
 )
@@ -36,7 +37,7 @@ TOGETHER = 512
 
 
 def kernel(
-    spec: Spec, x, dt, log_decay, B, C, D, marks, initial, y, last, pasts, carry, mask
+    spec: Spec, x, dt, A, B, C, D, marks, initial, y, last, pasts, all_totals, carry, mask
 ) -> None:
     """The grid is batch x groups x chunks x steps of heads.
 
@@ -44,7 +45,7 @@ def kernel(
         spec: static arguments.
         x: ref [tokens, channels].
         dt: ref float32 [heads, tokens].
-        log_decay: ref like dt, dt A.
+        A: ref float32 [heads, 128], a rate in all lanes.
         B: ref [tokens, N].
         C: ref [tokens, N].
         D: ref float32 [1, channels]; None: 0.
@@ -53,6 +54,7 @@ def kernel(
         y: ref [tokens, channels].
         last: ref float32 [N, channels], the state after the last chunk.
         pasts: ref [tiles, N, channels], the state before each tile; None: not wanted.
+        all_totals: ref like dt, `tpu_chunk.Register.total` of all tokens; None: not wanted.
         carry: scratch float32 [steps, N, channels].
         mask: scratch float32 [tokens of a tile, (head, token)], `tpu_chunk.unseen` where there are no marks.
     """
@@ -66,8 +68,10 @@ def kernel(
         mask[...] = unseen(sizes, 0, None, reading_on_rows=True)
     resets = None if marks is None else column(marks[1:2])
 
-    registers = all_registers(sizes, dt, log_decay, marks)
-    totals = [Columns(sizes, of.total, on_matrix_unit=on_matrix_unit(sizes)) for of in registers]
+    registers = all_registers(sizes, dt, totals(sizes, dt, A), marks)
+    if all_totals is not None:
+        all_totals[...] = jnp.concatenate([of.total for of in registers], axis=1)
+    columns = [Columns(sizes, of.total, on_matrix_unit=on_matrix_unit(sizes)) for of in registers]
 
     @functools.cache
     def of_tile(tile):
@@ -78,7 +82,7 @@ def kernel(
 
     def bring(pack, _):
         of_tile(pack.tile)
-        return totals[pack.tile * sizes.tile // LANES].of_pack(pack)
+        return columns[pack.tile * sizes.tile // LANES].of_pack(pack)
 
     def prepare(pack, brought):
         """The operands of the products, and what is left of the state before the tile."""
