@@ -27,7 +27,7 @@ _BRANCH = re.compile(r"sbr\.rel(?: \(!?(%\w+)\))? target = \$region(\d+)")
 _EXIT_TEST = re.compile(
     r"(%\w+) = scmp\.ge\.s32\.totalorder (?:\(!?%\w+\), )?(%\w+), (\d+) /\* loop exit test"
 )
-_ADD = re.compile(r"(%\w+) = sadd\.s32 (\d+), (%\w+)")
+_ADD = re.compile(r"(%\w+) = sadd\.s32 (?:\(!?%\w+\), )?(\d+), (%\w+)")
 _PHI = re.compile(r"(%\w+) = sphi (%\w+), (%\w+)")
 _CONSTANT = re.compile(r"(%\w+) = smov(?:\.u32)? (\d+)(?= )")
 _WINDOW = re.compile(

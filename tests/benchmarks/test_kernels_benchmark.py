@@ -51,11 +51,18 @@ UTILIZATION = "== CAPACTIY:\nMATMUL, VALU\n    4     4\n== UTILIZATION:\n" + "".
 
 
 @pytest.mark.parametrize(
-    "move, matrix_column", [("smov.u32", "MATMUL"), ("smov", "MXU")], ids=["0.0.51", "0.0.50"]
+    "move, matrix_column, add",
+    [
+        ("smov.u32", "MATMUL", "sadd.s32 4,"),
+        ("smov.u32", "MATMUL", "sadd.s32 (!%p1_p1), 4,"),
+        ("smov", "MXU", "sadd.s32 4,"),
+    ],
+    ids=["0.0.51", "predicated", "0.0.50"],
 )
-def test_a_schedule_is_read_from_a_dump(move, matrix_column):
+def test_a_schedule_is_read_from_a_dump(move, matrix_column, add):
     utilization = UTILIZATION.replace("MATMUL", matrix_column)
-    kernel = read_kernel("kernel.1", BUNDLES.replace("smov.u32", move), utilization)
+    bundles = BUNDLES.replace("smov.u32", move).replace("sadd.s32 4,", add)
+    kernel = read_kernel("kernel.1", bundles, utilization)
     # Of the step: bundles 2, 3, 5, 9, 12, 13 and 14, the longer region of 3, and 2 trips of 2 bundles.
     assert kernel.step.bundles == 7 + 3 + 2 * 2
     assert kernel.step.all_regions == kernel.step.bundles + 1
