@@ -318,5 +318,10 @@ def _logits(spec: _Spec, q, k, of_rows, of_columns, start, length):
 
 def _only_tokens(spec: _Spec, v, start, length):
     """v with 0 behind the row's length, where the cache may hold NaN, which a weight of 0 does not remove."""
-    column = jax.lax.broadcasted_iota(jnp.int32, (v.shape[0], 1), 0)
-    return jnp.where(column < (length - start) * spec.kv_heads, v, 0)
+    pairs = v.dtype == jnp.bfloat16 and spec.kv_heads % 2 == 0
+    # Two columns of a token are one word, which is not taken apart.
+    words = pltpu.bitcast(v, jnp.int32) if pairs else v
+    word = jax.lax.broadcasted_iota(jnp.int32, (words.shape[0], 1), 0)
+    of_tokens = (length - start) * (spec.kv_heads // 2 if pairs else spec.kv_heads)
+    words = jnp.where(word < of_tokens, words, 0)
+    return pltpu.bitcast(words, v.dtype) if pairs else words
