@@ -7,8 +7,9 @@ from pallas_kernels.blocks import Shape, Sizes, Table, round_up
 from pallas_kernels.dispatch import target
 
 LANES = 128
-# Of the 16 MiB that a kernel may use on a v5e; the rest is for the compiler.
+# What blocks may take, of what the compiler may use; terms of a softmax take up to half as much. A core has 128 MiB.
 VMEM_BYTES = 12 * 2**20
+VMEM_LIMIT = 32 * 2**20
 # Rows of a register of bfloat16, and the most of a block: larger ones hide their transfers no better.
 ROWS, MAX_ROWS = 16, 256
 
@@ -50,7 +51,7 @@ def two_pass_blocks(num_rows: int, num_columns: int, bytes_per_entry: int) -> Bl
     """
     entries = VMEM_BYTES // (2 * bytes_per_entry)
     columns = _equal_parts(num_columns, entries // ROWS)
-    rows = max(ROWS, min(entries // columns, MAX_ROWS) // ROWS * ROWS)
+    rows = _equal_parts(num_rows, max(ROWS, min(entries // columns, MAX_ROWS)), ROWS)
     sizes = _choose(rows, columns, num_rows, num_columns, bytes_per_entry, passes=2)
     return Blocks(min(sizes["rows"], round_up(num_rows, ROWS)), sizes["columns"])
 
@@ -75,12 +76,12 @@ def _choose(rows, columns, num_rows, num_columns, bytes_per_entry, passes) -> Si
     return {"rows": sizes["rows"], "columns": _equal_parts(num_columns, sizes["columns"])}
 
 
-def _equal_parts(length: int, longest: int) -> int:
+def _equal_parts(length: int, longest: int, unit: int = LANES) -> int:
     """Length of a few equal parts of whole registers that are not longer than `longest`.
 
     The fewest, but up to twice as many where the length is then a multiple: no part has to be masked.
     """
-    registers = round_up(length, LANES) // LANES
-    fewest = -(-registers // (longest // LANES))
-    divisors = (parts for parts in range(fewest, 2 * fewest + 1) if registers % parts == 0)
-    return -(-registers // next(divisors, fewest)) * LANES
+    units = round_up(length, unit) // unit
+    fewest = -(-units // (longest // unit))
+    divisors = (parts for parts in range(fewest, 2 * fewest + 1) if units % parts == 0)
+    return -(-units // next(divisors, fewest)) * unit

@@ -26,6 +26,13 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(tpu_blocks, "MAX_ROWS", 32)
 
 
+@pytest.fixture
+def small_groups(monkeypatch):
+    """So that short rows, each one block, are several groups, the last one not whole."""
+    monkeypatch.setattr(tpu, "GROUP", 256)
+    monkeypatch.setattr(tpu, "LOSS_GROUP", 256)
+
+
 def test_small_blocks_are_several(small_blocks):
     assert tpu_blocks.two_pass_blocks(42, 700, 8) == (16, 256)
     assert tpu_blocks.one_pass_blocks(42, 700, 4) == (32, 256)
@@ -33,11 +40,22 @@ def test_small_blocks_are_several(small_blocks):
 
 
 def test_blocks_hold_whole_rows_where_these_fit():
-    assert tpu_blocks.two_pass_blocks(8192, 32768, 4) == (48, 32768)
+    # 48 rows would fit; 32 divide all.
+    assert tpu_blocks.two_pass_blocks(8192, 32768, 4) == (32, 32768)
     assert tpu_blocks.two_pass_blocks(5, 1000, 4) == (16, 1024)
     # Halves of 160000 columns would fit; fifths of them are whole registers.
     assert tpu_blocks.two_pass_blocks(8192, 160000, 8).columns * 5 == 160000
     assert tpu_blocks.one_pass_blocks(8192, 32768, 2) == (256, 8192)
+
+
+def test_whole_rows_keep_the_terms_of_every_group(rng, small_groups):
+    shape = (3, 14, 700)
+
+    def make_function(implementation):
+        return lambda x: {"y": softmax(x, implementation=implementation)}
+
+    inputs = {"x": 20 * rng.normal(size=shape)}
+    assert_close(make_function, inputs, {"y": rng.normal(size=shape)}, "float32", "tpu_interpret")
 
 
 @pytest.mark.parametrize("implementation", FAST)
@@ -78,8 +96,12 @@ def extreme_rows(rng):
     return jnp.asarray(rows)
 
 
-@pytest.mark.parametrize("implementation", ALL)
-def test_extremes_are_as_jax_has_them(rng, small_blocks, implementation):
+@pytest.mark.parametrize(
+    ("implementation", "cut"),
+    [*((name, "small_blocks") for name in ALL), ("tpu_interpret", "small_groups")],
+)
+def test_extremes_are_as_jax_has_them(rng, request, implementation, cut):
+    request.getfixturevalue(cut)
     x = extreme_rows(rng)
     want = jax.nn.softmax(x)
     got = softmax(x, implementation=implementation)
