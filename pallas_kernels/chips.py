@@ -1,6 +1,7 @@
 """What chips can do, as their makers say: the facts that rooflines and plans are made of."""
 
 import dataclasses
+import re
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,14 @@ class Chip:
 def matrix_width(device_kind: str) -> int:
     """Rows and columns of a matrix unit of the TPU that `jax.Device.device_kind` names."""
     return 256 if "v6" in device_kind or "v7" in device_kind else 128
+
+
+def has_bfloat16_vectors(device_kind: str) -> bool:
+    """Whether the vector unit of the TPU that `jax.Device.device_kind` names multiplies bfloat16: from v6e on.
+
+    Where there is no TPU, as in an interpreter, that of the newest counts.
+    """
+    return not re.match(r"TPU v[2-5]", device_kind)
 
 
 _GIB = 2.0**30

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.chips import matrix_width
+from pallas_kernels.chips import has_bfloat16_vectors, matrix_width
 from pallas_kernels.dispatch import target
 from pallas_kernels.residuals import keep
 from pallas_kernels.selective_scan import tpu_backward
@@ -58,12 +58,13 @@ def refuses(u, delta, A, B, C, D, z, resets, state) -> str | None:
     return None
 
 
-def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
+def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False, device_kind=None):
     """Returns `(y [B, T, E], state [B, E, N])`; see the package for the arguments.
 
-    `interpret`: as `pallas_call` has it. Zeros fill up tokens, channels and states to whole tiles: with Δ = 0 a state
-    stays as it is.
+    `interpret`: as `pallas_call` has it. `device_kind`: for which TPU, as `jax.Device` says; None: `target`. Zeros fill
+    up tokens, channels and states to whole tiles: with Δ = 0 a state stays as it is.
     """
+    device_kind = device_kind or target().device_kind
     (_, time, channels), states = u.shape, A.shape[1]
     more_time, more_channels = -time % LANES, -channels % LANES
     more_states = -states % SUBLANES
@@ -78,7 +79,7 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
     resets = pad(None if resets is None else resets[:, None].astype(jnp.int32), 0, 0, more_time)
     state = pad(state.swapaxes(1, 2), 0, more_states, more_channels)
     block = block_channels(
-        target().device_kind,
+        device_kind,
         time=time,
         channels=u.shape[2],
         states=A.shape[0],
@@ -89,7 +90,13 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
         block_states=block * A.shape[0],
         dtype=u.dtype.name,
     )
-    spec = Spec(block, chunk, matrix_width(target().device_kind), interpreter(interpret, u))
+    spec = Spec(
+        block,
+        chunk,
+        matrix_width(device_kind),
+        u.dtype == jnp.bfloat16 and has_bfloat16_vectors(device_kind),
+        interpreter(interpret, u),
+    )
     y, state = _scan(spec, u, delta, A, B, C, D, z, resets, state)
     return y[:, :time, :channels], state[:, :states, :channels].swapaxes(1, 2)
 

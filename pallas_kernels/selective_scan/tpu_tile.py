@@ -43,12 +43,14 @@ class Spec:
         channels: channels a block, a multiple of 128.
         chunk: tokens a grid step, a multiple of 128: B and C have tokens on lanes.
         matrix_width: rows and columns of a matrix unit, 128 or 256.
+        narrow: whether what only goes into sums is bfloat16 in the vector unit of the backward, too.
         interpret: as `pallas_call` has it.
     """
 
     channels: int
     chunk: int
     matrix_width: int
+    narrow: bool
     interpret: object
 
     def parts(self, most: int = MOST_IN_REGISTERS) -> list[slice]:
@@ -208,6 +210,11 @@ def row(ref, slot: int, t: int, part: slice):
 def widened(column, part: slice):
     """[N, 128], whose lanes are equal, -> [N, part]."""
     return jnp.tile(column, (1, (part.stop - part.start) // LANES))
+
+
+def in_lanes(x):
+    """[N, part] -> [N, 128], the sums of channels that lie in the same lane."""
+    return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
 
 
 def decay(exponent, resets, t):

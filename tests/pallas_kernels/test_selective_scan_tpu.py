@@ -83,6 +83,31 @@ def test_several_chunks_without_races(rng):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("device_kind", ["TPU v5 lite", "TPU v6 lite"])
+def test_bfloat16_with_and_without_vectors_of_it(rng, device_kind):
+    inputs = in_float32(random_inputs(rng, 1, 256, 5, 4))
+    state, resets = inputs.pop("initial_state"), jnp.zeros((1, 256), bool).at[:, 90].set(True)
+    d_y = jnp.asarray(rng.normal(size=inputs["u"].shape), jnp.float32)
+
+    def gradient(dtype, **options):
+        def loss(inputs):
+            narrow = {x: inputs[x].astype(dtype) for x in ("u", "delta", "B", "C", "z")}
+            y, _ = tpu.selective_scan(
+                **inputs | narrow, resets=resets, state=state, interpret=True, **options
+            )
+            return jnp.sum(y.astype(jnp.float32) * d_y)
+
+        return jax.jit(jax.grad(loss))(inputs)
+
+    # Rounded alike, so that only what the kernels round differs.
+    for x in ("u", "delta", "B", "C", "z"):
+        inputs[x] = inputs[x].astype(jnp.bfloat16).astype(jnp.float32)
+    got, want = gradient(jnp.bfloat16, device_kind=device_kind), gradient(jnp.float32)
+    for name in want:
+        assert relative_error(got[name], want[name]) < 1e-2, name
+
+
+@pytest.mark.slow
 def test_under_vmap_and_remat(rng):
     layers = [in_float32(random_inputs(rng, 1, 140, 5, 3)) for _ in range(2)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *layers)
