@@ -70,6 +70,11 @@ MEMORY = tuple(
 )
 CONTEXT = tuple(
     Case("transformer:360m", topology, _one_row_of(8192 * chips, chips))
-    for topology, chips in {"v5p:2x2x1": 4, "v5p:2x2x4": 16, "v5p:4x4x4": 64}.items()
+    for topology, chips in {
+        "v5p:1x1x1": 1,
+        "v5p:2x2x1": 4,
+        "v5p:2x2x4": 16,
+        "v5p:4x4x4": 64,
+    }.items()
 )
 CASES = {case.name: case for case in (*UTILIZATION, *MEMORY, *CONTEXT)}
