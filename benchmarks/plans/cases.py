@@ -53,13 +53,8 @@ UTILIZATION = (
     Case("transformer:1.7b", "v5e:16x16", _OVER_64, 0.5),
     Case("mor:1.7b", "v5e:16x16", _OVER_64, 0.5),
     Case("transformer:1.7b", "v5p:8x8x8", _with_rows(1024), 0.5),
-    # Of the rows that go to later recursions there are fewer tokens. There, 95 GiB have room for all logits.
-    Case(
-        "mor:1.7b",
-        "v5p:8x8x8",
-        (*_with_rows(2048), "--config.model.head.chunk_size=none"),
-        0.5,
-    ),
+    # Of the rows that go to later recursions there are fewer tokens.
+    Case("mor:1.7b", "v5p:8x8x8", _with_rows(2048), 0.5),
     # Nothing has to be recomputed where there are 95 GiB.
     Case("adamoe:mixtral-8x7b", "v5p:8x8x8", ("--config.model.remat=none",), 0.4),
 )

@@ -15,8 +15,7 @@ Made by `python -m benchmarks.plans`, from what `train.py --plan.topology=...` s
 compiled for those chips by their own compiler on a CPU host. Times are what the compiler estimates for what it makes,
 the schedules of the Pallas kernels, and what the links need for what is exchanged, played through in the order of the
 program. **None of it has been compared with a run on such chips.** Utilisation is of model FLOPs: what is recomputed
-does not count. A chip holds the logits of 8192 words at a time, and all of them only where there is room: `mor:1.7b` on
-v5p.
+does not count. Of logits a chip holds those of 8192 words at a time.
 """
 _UTILIZATION = """\
 | recipe | machine | mesh | remat | rows a step | GiB a chip | ms a step | tokens/s | utilisation | aim | most goes to |
