@@ -97,14 +97,14 @@ def _pace(case: Case, plan: Mapping[str, Any]) -> str:
         f"{100 * case.target:.0f} %",
         plan["bound"] or "",
     )
-    return f"| {' | '.join(map(str, cells))} |\n"
+    return _row(*cells)
 
 
 def _memory(case: Case, plan: Mapping[str, Any]) -> str:
     memory = plan["memory"]
     state = memory["parameters"] + memory["optimizer"]
     gib = (f"{x / _GIB:.3f}" for x in (memory["total"], state))
-    return f"| {' | '.join((case.recipe, case.topology, str(plan['num_chips']), *gib, plan['jax']))} |\n"
+    return _row(case.recipe, case.topology, plan["num_chips"], *gib, plan["jax"])
 
 
 def _context(case: Case, plan: Mapping[str, Any]) -> str:
@@ -118,4 +118,8 @@ def _context(case: Case, plan: Mapping[str, Any]) -> str:
         f"{1000 * pace['seconds']:,.0f}",
         f"{1000 * pace['times']['network']:,.0f}",
     )
+    return _row(*cells)
+
+
+def _row(*cells) -> str:
     return f"| {' | '.join(map(str, cells))} |\n"

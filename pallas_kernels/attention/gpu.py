@@ -1,4 +1,4 @@
-"""Attention for NVIDIA Hopper (Pallas, Mosaic GPU): the forward kernel, and the custom VJP around it and the backward.
+"""Attention for NVIDIA Hopper (Pallas, Mosaic GPU): the forward kernel.
 
 Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1, with one warpgroup that copies and two that compute (Shah et
 al., "FlashAttention-3", arXiv 2407.08608, algorithm 1): while one of the two is at its exponentials, the tensor cores
@@ -16,10 +16,9 @@ from pallas_kernels import hopper
 from pallas_kernels.attention import gpu_backward, gpu_tile, visits
 from pallas_kernels.attention.blocks import Blocks
 from pallas_kernels.attention.gpu_tile import BLOCK, Spec
+from pallas_kernels.attention.kernels import Kernels, differentiable
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.hopper import ROWS, WARPGROUPS
-from pallas_kernels.residuals import keep
-from pallas_kernels.varying import vary_alike
 
 LARGEST_HEAD_DIM = 128
 # Keys of a tile: two tiles of k and of v, the queries and the weights are 192 KiB of shared memory at the largest head.
@@ -56,19 +55,7 @@ def attention(
     """
     has_tokens = mask.takes_tokens(queries)
     spec = Spec(mask, scale, logits_soft_cap, has_tokens, hopper.interpreter(interpret))
-    return _attention(spec, *vary_alike((q, k, v, queries, keys, known)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, *arguments):
-    return _forward(spec, *arguments)[0]
-
-
-def _forward(spec, *arguments):
-    *arguments, known = arguments
-    if known is None:
-        known = keep(*_out_and_lse(spec, *arguments))
-    return known, (*arguments, *known)
+    return differentiable(_KERNELS, spec, q, k, v, queries, keys, known)
 
 
 def _out_and_lse(spec, q, k, v, queries, keys):
@@ -102,7 +89,7 @@ def _out_and_lse(spec, q, k, v, queries, keys):
     return out, lse
 
 
-_attention.defvjp(_forward, gpu_backward.backward)
+_KERNELS = Kernels(_out_and_lse, gpu_backward.backward)
 
 
 def _kernel(spec: Spec, table, q, k, v, *rest):

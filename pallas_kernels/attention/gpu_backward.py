@@ -27,7 +27,7 @@ COLUMNS = 64
 
 
 def backward(spec: Spec, saved, cotangents):
-    """Gradients of `(q, k, v, queries, keys, known)`; the rule of the custom VJP in `gpu.py`."""
+    """Gradients of `(q, k, v)`; see `Kernels`."""
     q, k, v, queries, keys, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
@@ -45,7 +45,7 @@ def backward(spec: Spec, saved, cotangents):
     dq, dk, dv = (
         gradient[:, : x.shape[1], :, : x.shape[3]] for gradient, x in ((dq, q), (dk, k), (dv, v))
     )
-    return dq, dk, dv, None, None, None
+    return dq, dk, dv
 
 
 def _queries_gradient(spec: Spec, q, d_out, k, v, statistics, tokens):

@@ -1,4 +1,4 @@
-"""Attention for TPU (Pallas, Mosaic): FlashAttention-2 forward, and the custom VJP around it and the backward.
+"""Attention for TPU (Pallas, Mosaic): the FlashAttention-2 forward.
 
 Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1. A tile holds the queries of all heads that share a key head, so
 that grouped-query attention reads each key once; arrays are as projections leave them (`lanes`). The statistics of a
@@ -10,19 +10,18 @@ import functools
 import itertools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention import lanes, tpu_backward, tpu_tile, visits
 from pallas_kernels.attention.blocks import LANES, WIDEST_GROUP, blocks, width
+from pallas_kernels.attention.kernels import Kernels, differentiable
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.attention.tpu_tile import Spec
 from pallas_kernels.dispatch import target
 from pallas_kernels.pipelined import pipelined
-from pallas_kernels.residuals import keep
-from pallas_kernels.varying import shaped_like, vary_alike
+from pallas_kernels.varying import shaped_like
 
 LARGEST_HEAD_DIM = 512
 # Products that go through the stages of the kernel together.
@@ -85,21 +84,9 @@ def attention(
         out, lse = known
         out = lanes.side_by_side(out, heads.values_width // heads.sides, lengths.queries)
         known = out, lanes.of_programs(heads, lse, lengths.queries)
-    out, lse = _attention(spec, *vary_alike((q, k, v, queries, keys, known)))
+    out, lse = differentiable(_KERNELS, spec, q, k, v, queries, keys, known)
     lse = lse.reshape(lse.shape[0], -1, lse.shape[3])[:, :num_heads, :num_queries]
     return lanes.apart(out, num_queries, num_heads, value_dim), lse.swapaxes(1, 2)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, *arguments):
-    return _forward(spec, *arguments)[0]
-
-
-def _forward(spec, *arguments):
-    *arguments, known = arguments
-    if known is None:
-        known = keep(*_out_and_lse(spec, *arguments))
-    return known, (*arguments, *known)
 
 
 def _out_and_lse(spec, q, k, v, queries, keys):
@@ -138,7 +125,7 @@ def _out_and_lse(spec, q, k, v, queries, keys):
     return out, lse
 
 
-_attention.defvjp(_forward, tpu_backward.backward)
+_KERNELS = Kernels(_out_and_lse, tpu_backward.backward)
 
 
 class _Refs(NamedTuple):

@@ -33,15 +33,14 @@ TOGETHER = 6
 
 
 def backward(spec: Spec, saved, cotangents):
-    """Gradients of `(q, k, v, queries, keys, known)`; the rule of the custom VJP in `tpu.py`."""
+    """Gradients of `(q, k, v)`; see `Kernels`."""
     q, k, v, queries, keys, out, lse = saved
     d_out, d_lse = cotangents
     of_queries = (q, d_out.astype(v.dtype), out)
     rows = (lse, d_lse)
     chunk = _queries_in_vmem(spec, q)
     if chunk >= spec.mask.num_queries:
-        gradients = _gradients(spec, (of_queries, rows, queries), (k, v, keys), k.dtype)
-        return *gradients, None, None, None
+        return _gradients(spec, (of_queries, rows, queries), (k, v, keys), k.dtype)
 
     dq, dk, dv = [], jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32)
     for start in range(0, spec.mask.num_queries, chunk):
@@ -67,8 +66,7 @@ def backward(spec: Spec, saved, cotangents):
         )
         dq.append(dq_chunk)
         dk, dv = dk.at[:, tiles].add(dk_chunk), dv.at[:, tiles].add(dv_chunk)
-    dq = jnp.concatenate(dq, axis=1)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None, None
+    return jnp.concatenate(dq, axis=1), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
 def _queries_in_vmem(spec: Spec, q) -> int:

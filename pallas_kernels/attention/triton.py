@@ -1,10 +1,8 @@
-"""Attention for NVIDIA GPUs since Ampere (Triton): the forward kernel, and the custom VJP around it and the backward.
+"""Attention for NVIDIA GPUs since Ampere (Triton): the forward kernel.
 
 Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1: a program has a block of queries of one head, and visits the
 tiles of keys that they may see. It is for the GPUs that `gpu.py`, for Hopper, is not for.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +11,7 @@ import triton.language as tl
 
 from pallas_kernels import triton_call
 from pallas_kernels.attention import triton_backward, triton_blocks
+from pallas_kernels.attention.kernels import Kernels, differentiable
 from pallas_kernels.attention.mask import Mask, Tokens
 from pallas_kernels.attention.triton_tile import (
     FULL,
@@ -25,9 +24,7 @@ from pallas_kernels.attention.triton_tile import (
     token_arrays,
     where_allowed,
 )
-from pallas_kernels.residuals import keep
 from pallas_kernels.triton_tiles import Heads, dot, load_tile, store_tile, vector_pointers
-from pallas_kernels.varying import vary_alike
 
 DTYPES = ("float16", "bfloat16", "float32")
 # Below any logit, and finite: the difference of two of them is 0.
@@ -71,22 +68,11 @@ def attention(
         soft_cap=logits_soft_cap,
         blocks=triton_blocks.of(triton_blocks.FORWARD, q, v),
     )
-    return _attention(spec, interpret, *vary_alike((q, k, v, queries, keys, known)))
+    return differentiable(_KERNELS, (spec, interpret), q, k, v, queries, keys, known)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(spec, interpret, *arguments):
-    return _forward(spec, interpret, *arguments)[0]
-
-
-def _forward(spec: Spec, interpret, *arguments):
-    *arguments, known = arguments
-    if known is None:
-        known = keep(*_out_and_lse(spec, interpret, *arguments))
-    return known, (*arguments, *known)
-
-
-def _out_and_lse(spec: Spec, interpret, q, k, v, queries, keys):
+def _out_and_lse(static: tuple[Spec, bool], q, k, v, queries, keys):
+    spec, interpret = static
     length, heads = spec.q.length, spec.q.heads
     out, lse = triton_call.call(
         attention_forward,
@@ -103,7 +89,7 @@ def _out_and_lse(spec: Spec, interpret, q, k, v, queries, keys):
     return out, lse.swapaxes(1, 2)
 
 
-_attention.defvjp(_forward, triton_backward.backward)
+_KERNELS = Kernels(_out_and_lse, triton_backward.backward)
 
 
 @triton.jit

@@ -34,8 +34,9 @@ from pallas_kernels.attention.triton_tile import (
 from pallas_kernels.triton_tiles import dot, load_tile, store_tile, vector_pointers
 
 
-def backward(spec: Spec, interpret: bool, saved, cotangents):
-    """Gradients of `(q, k, v, queries, keys, known)`; the rule of the custom VJP in `triton.py`."""
+def backward(static: tuple[Spec, bool], saved, cotangents):
+    """Gradients of `(q, k, v)`; see `Kernels`. `static`: as of the forward, and whether to interpret."""
+    spec, interpret = static
     q, k, v, queries, keys, out, lse = saved
     d_out, d_lse = cotangents
     delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
@@ -59,7 +60,7 @@ def backward(spec: Spec, interpret: bool, saved, cotangents):
 
     (dq,) = run(attention_backward_queries, spec.num_query_blocks * spec.q.heads, q)
     dk, dv = run(attention_backward_keys, spec.num_key_blocks * spec.k.heads, k, v)
-    return dq, dk, dv, None, None, None
+    return dq, dk, dv
 
 
 @triton.jit

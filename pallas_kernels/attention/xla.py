@@ -28,10 +28,9 @@ import numpy as np
 from pallas_kernels import dispatch
 from pallas_kernels.attention import visits
 from pallas_kernels.attention.blocks import Blocks
+from pallas_kernels.attention.kernels import Kernels, differentiable
 from pallas_kernels.attention.mask import PADDING, Mask, Tokens
 from pallas_kernels.blocks import largest_divisor
-from pallas_kernels.residuals import keep
-from pallas_kernels.varying import vary_alike
 
 # Entries in a tile of logits, over all of its rows of the batch and heads: 2 MiB of float32.
 TILE = 2**19
@@ -71,7 +70,7 @@ def attention(
     )
     has_tokens, group = mask.takes_tokens(queries), heads // k.shape[2]
     spec = _Spec(mask, has_tokens, scale, logits_soft_cap, group, rows, q_block, k_block)
-    return _attention(spec, *vary_alike((q, k, v, queries, keys, known)))
+    return differentiable(_KERNELS, spec, q, k, v, queries, keys, known)
 
 
 def _tile(batch: int, heads: int, mask: Mask) -> tuple[int, tuple[int, int]]:
@@ -96,16 +95,8 @@ def _block_length(length: int, target: int) -> int:
     return block if num_blocks == 1 else -(-block // 8) * 8
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(spec, *arguments):
-    return _forward(spec, *arguments)[0]
-
-
-def _forward(spec, *arguments):
-    *arguments, known = arguments
-    if known is None:
-        known = keep(*_over_batch(spec, functools.partial(_forward_rows, spec), *arguments))
-    return known, (*arguments, *known)
+def _forward(spec, *arrays):
+    return _over_batch(spec, functools.partial(_forward_rows, spec), *arrays)
 
 
 def _forward_rows(spec, q, k, v, queries, keys):
@@ -144,8 +135,7 @@ def _forward_rows(spec, q, k, v, queries, keys):
 
 
 def _backward(spec, saved, cotangents):
-    gradients = _over_batch(spec, functools.partial(_backward_rows, spec), *saved, *cotangents)
-    return *gradients, None, None, None
+    return _over_batch(spec, functools.partial(_backward_rows, spec), *saved, *cotangents)
 
 
 def _backward_rows(spec, q, k, v, queries, keys, out, lse, d_out, d_lse):
@@ -189,7 +179,7 @@ def _backward_rows(spec, q, k, v, queries, keys, out, lse, d_out, d_lse):
     return dq, dk, dv
 
 
-_attention.defvjp(_forward, _backward)
+_KERNELS = Kernels(_forward, _backward)
 
 
 # One tile.

@@ -65,7 +65,7 @@ def softmax(x, *, interpret=False):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _softmax(interpret, x):
-    return _two_passes(_softmax_kernel, interpret, x)
+    return _two_passes(_softmax_kernel, interpret, x, keeps_terms=True)
 
 
 def _softmax_forward(interpret, x):
@@ -151,18 +151,17 @@ def _to_rows(x):
     return jnp.pad(x, ((0, max(0, ROWS - x.shape[0])), (0, 0)))
 
 
-def _two_passes(kernel, interpret, *arrays):
+def _two_passes(kernel, interpret, *arrays, keeps_terms=False):
     """Runs `kernel` on arrays [N, V], on a grid of (blocks of rows, pass, blocks of columns); returns [N, V].
 
-    Where rows are whole, both passes are one step, and the kernel is given scratch for the terms of a block, if it
-    is `_softmax_kernel`.
+    Where rows are whole, both passes are one step, and a kernel that `keeps_terms` is given scratch for them.
     """
     num_rows, num_columns = arrays[0].shape
     bytes_per_entry = (len(arrays) + 1) * arrays[0].dtype.itemsize
     sizes = two_pass_blocks(num_rows, num_columns, bytes_per_entry)
     spec = _spec(interpret, arrays[0], sizes)
     scratch = [(sizes.rows, LANES)] * 2
-    if spec.is_whole and kernel is _softmax_kernel:
+    if spec.is_whole and keeps_terms:
         scratch += [sizes, (sizes.rows, _steps(sizes.columns, GROUP) * LANES)]
     return tpu_call(
         functools.partial(kernel, spec),
