@@ -5,7 +5,8 @@ memory, [keys x Hkv, D]: no head is picked out of the cache and nothing is copie
 of other heads are masked. They cost nothing that shows: whichever heads meet, a tile of the cache has to be pushed into
 the matrix unit once, and that takes less time than to read it.
 
-A visit reads a few pages; without a page table a page is a block of the row's cache. The pages behind a row's length,
+A visit reads a few pages; without a page table a page is a block of the row's cache, and where that is the whole of a
+short one, a visit is to a few rows of the batch, whose waits fill each other. The pages behind a row's length,
 and those before its window, are not read: the index maps, which see the lengths in scalar memory, stay on the last page
 that counts, and the copy of a block that did not change is left out. Each page has a copy of its own, which the scalar
 unit starts: by its static schedule on v5e that keeps the pace of the memory from pages of about 64 KiB on.
@@ -24,6 +25,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.tpu_tile import LOG2_E, dot
+from pallas_kernels.blocks import largest_divisor
 from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.dispatch import target
 from pallas_kernels.tpu_call import tpu_call
@@ -59,6 +61,7 @@ class _Spec:
         page_size: keys of a page.
         max_pages: pages of a row.
         pages: of a visit.
+        batch_rows: rows of the batch of a visit; more than one only where each has a single page.
         splits: parts of a row's cache, whose softmaxes are merged at the end.
         visits: of a split.
         window: width of the sliding window, or None.
@@ -72,6 +75,7 @@ class _Spec:
     page_size: int
     max_pages: int
     pages: int
+    batch_rows: int
     splits: int
     visits: int
     window: int | None
@@ -158,6 +162,10 @@ def _make_spec(q, k_cache, page_table, window, scale, logits_soft_cap) -> _Spec:
         reach = min(reach, -(-(window + num_queries - 1) // page_size) + 1)
     cores = CORES.get(target().device_kind, 1)
     splits = 1 if batch % cores == 0 else cores
+    batch_rows = 1
+    if page_table is None and max_pages == 1:
+        # Each core still has a visit.
+        batch_rows = largest_divisor(batch, max(1, min(keys // page_size, batch // cores)))
     return _Spec(
         num_queries=num_queries,
         heads=heads,
@@ -165,6 +173,7 @@ def _make_spec(q, k_cache, page_table, window, scale, logits_soft_cap) -> _Spec:
         page_size=page_size,
         max_pages=max_pages,
         pages=pages,
+        batch_rows=batch_rows,
         splits=splits,
         visits=-(-reach // (pages * splits)),
         window=window,
@@ -192,29 +201,33 @@ def _call(spec: _Spec, prefetched, q, k, v, interpret):
     batch, rows, dim = q.shape
     value_dim = v.shape[2]
     of_rows, of_columns = _coordinates(spec)
+    count = spec.batch_rows
 
     def page_block(i, width):
         def index(b, split, visit, lengths, first, last, *page_table):
-            page = jnp.minimum(first[b] + _pages_before(spec, split, visit) + i, last[b])
+            # Of several rows each has but the first page.
+            page = jnp.minimum(
+                first[b * count] + _pages_before(spec, split, visit) + i, last[b * count]
+            )
             if page_table:
                 return page_table[0][b * spec.max_pages + page], 0, 0
             return b, page, 0
 
-        return pl.BlockSpec((None, spec.page_size * spec.kv_heads, width), index)
+        return pl.BlockSpec((count, spec.page_size * spec.kv_heads, width), index)
 
     def whole(x):
         return pl.BlockSpec(x.shape, lambda *_: (0, 0))
 
     def partial_block(width):
-        return pl.BlockSpec((None, None, rows, width), lambda b, split, *_: (b, split, 0, 0))
+        return pl.BlockSpec((count, None, rows, width), lambda b, split, *_: (b, split, 0, 0))
 
     return tpu_call(
         functools.partial(_kernel, spec, len(prefetched)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
-            grid=(batch, spec.splits, spec.visits),
+            grid=(batch // count, spec.splits, spec.visits),
             in_specs=(
-                pl.BlockSpec((None, rows, dim), lambda b, *_: (b, 0, 0)),
+                pl.BlockSpec((count, rows, dim), lambda b, *_: (b, 0, 0)),
                 whole(of_rows),
                 whole(of_columns),
                 [page_block(i, dim) for i in range(spec.pages)],
@@ -222,9 +235,9 @@ def _call(spec: _Spec, prefetched, q, k, v, interpret):
             ),
             out_specs=(partial_block(value_dim), partial_block(1)),
             scratch_shapes=(
-                pltpu.VMEM((rows, value_dim), jnp.float32),
-                pltpu.VMEM((rows, 1), jnp.float32),
-                pltpu.VMEM((rows, 1), jnp.float32),
+                pltpu.VMEM((count, rows, 1), jnp.float32),
+                pltpu.VMEM((count, rows, 1), jnp.float32),
+                pltpu.VMEM((count, rows, value_dim), jnp.float32),
             ),
         ),
         out_shape=(
@@ -259,69 +272,114 @@ def _coordinates(spec: _Spec):
 
 
 def _kernel(spec: _Spec, num_prefetched: int, *refs):
-    """One visit: q [rows, D], a few k [columns, D] and v [columns, Dv] -> out [rows, Dv], lse [rows, 1] of a split."""
+    """One visit to a few rows of the batch: of each q [rows, D], a few k [columns, D] and v [columns, Dv].
+
+    Writes out [rows, Dv] and lse [rows, 1] of a split.
+    """
     (lengths, first, *_), refs = refs[:num_prefetched], refs[num_prefetched:]
-    q, of_rows, of_columns, k, v, out, lse, values, totals, highest = refs
-    row, split, visit = (pl.program_id(axis) for axis in range(3))
-    length = lengths[row]
-    first_page = first[row] + _pages_before(spec, split, visit)
+    q, of_rows, of_columns, k, v, out, lse, *carried = refs
+    block, split, visit = (pl.program_id(axis) for axis in range(3))
+    pages = []
+    for i in range(spec.batch_rows):
+        row = block * spec.batch_rows + i
+        begin = first[row] + _pages_before(spec, split, visit)
+        starts = [(begin + j) * spec.page_size for j in range(spec.pages)]
+        pages += [
+            _Page(i, start, lengths[row], k[j].at[i], v[j].at[i]) for j, start in enumerate(starts)
+        ]
+
+    def write(highest, totals, values):
+        # A row that sees nothing has total 0: out 0, lse -inf.
+        out[...] = values / jnp.where(totals == 0, 1, totals)
+        lse[...] = highest * (1 / LOG2_E) + jnp.log(totals)
+
+    visited = functools.partial(_visited, spec, pages, q, of_rows, of_columns)
+    nothing = jnp.full(lse.shape, LOWEST), jnp.zeros(lse.shape), jnp.zeros(out.shape)
+    if spec.visits == 1:
+        write(*visited(nothing))
+        return
 
     @pl.when(visit == 0)
     def _():
-        values[...] = jnp.zeros_like(values)
-        totals[...] = jnp.zeros_like(totals)
-        highest[...] = jnp.full_like(highest, LOWEST)
+        for ref, start in zip(carried, nothing, strict=True):
+            ref[...] = start
 
-    @pl.when(first_page * spec.page_size < length)
+    # One row, as of several each has a single page.
+    @pl.when(pages[0].start < pages[0].length)
     def _():
-        # All pages of the visit at once, so that their products do not wait for each other.
-        starts = [(first_page + i) * spec.page_size for i in range(spec.pages)]
-        logits = [
-            _logits(spec, q[...], page[...], of_rows, of_columns, start, length)
-            for page, start in zip(k, starts, strict=True)
-        ]
-        before = highest[...]
-        maxima = [x.max(axis=1, keepdims=True) for x in logits]
-        now = functools.reduce(jnp.maximum, maxima, before)
-        weights = [jnp.exp2(x - now) for x in logits]
-        rescale = jnp.exp2(before - now)
-        highest[...] = now
-        totals[...] = totals[...] * rescale + sum(x.sum(axis=1, keepdims=True) for x in weights)
-        values[...] = values[...] * rescale + sum(
-            dot(x.astype(page.dtype), _only_tokens(spec, page[...], start, length))
-            for x, page, start in zip(weights, v, starts, strict=True)
-        )
+        for ref, now in zip(carried, visited([ref[...] for ref in carried]), strict=True):
+            ref[...] = now
 
     @pl.when(visit == pl.num_programs(2) - 1)
     def _():
-        total = totals[...]
-        # A row that sees nothing has total 0: out 0, lse -inf.
-        out[...] = values[...] / jnp.where(total == 0, 1, total)
-        lse[...] = highest[...] * (1 / LOG2_E) + jnp.log(total)
+        write(*(ref[...] for ref in carried))
 
 
-def _logits(spec: _Spec, q, k, of_rows, of_columns, start, length):
-    """Logits times log2(e) [rows, columns] of a page whose first key is token `start`."""
-    products = dot(q, k, (1, 1))
+@dataclasses.dataclass(frozen=True)
+class _Page:
+    """A page of a visit: the row of the batch in the visit, its first token, the row's length; refs of k and v."""
+
+    row: int
+    start: Any
+    length: Any
+    k: Any
+    v: Any
+
+
+def _visited(spec: _Spec, pages: list[_Page], q, of_rows, of_columns, before):
+    """The softmax over what was `before` and the pages of a visit, each row of the batch with its own.
+
+    Returns:
+        Highest logit times log2(e) [batch_rows, rows, 1], sum of weights [..., 1] and of weighted values [..., Dv].
+    """
+    highest, totals, values = before
+    # All pages at once, so that their products do not wait for each other.
+    logits = [_logits(spec, q[page.row], page, of_rows, of_columns) for page in pages]
+    maxima = _of_rows(spec, [x.max(axis=1, keepdims=True) for x in logits], jnp.maximum)
+    now = jnp.maximum(maxima, highest)
+    weights = [jnp.exp2(x - now[page.row]) for x, page in zip(logits, pages, strict=True)]
+    sums = [x.sum(axis=1, keepdims=True) for x in weights]
+    products = [
+        dot(x.astype(page.v.dtype), _only_tokens(spec, page))
+        for x, page in zip(weights, pages, strict=True)
+    ]
+    rescale = jnp.exp2(highest - now)
+    return (
+        now,
+        totals * rescale + _of_rows(spec, sums, jnp.add),
+        values * rescale + _of_rows(spec, products, jnp.add),
+    )
+
+
+def _of_rows(spec: _Spec, of_pages, merge_pages):
+    """Merges what there is of each page, [rows, ...] -> [batch_rows, rows, ...]."""
+    starts = range(0, len(of_pages), spec.pages)
+    return jnp.stack([functools.reduce(merge_pages, of_pages[i : i + spec.pages]) for i in starts])
+
+
+def _logits(spec: _Spec, q, page: _Page, of_rows, of_columns):
+    """Logits times log2(e) [rows, columns] of the queries q [rows, D] with the keys of a page."""
+    products = dot(q, page.k[...], (1, 1))
     if spec.logits_soft_cap is None:
         logits = products * (spec.scale * LOG2_E)
     else:
         cap = spec.logits_soft_cap
         logits = (cap * LOG2_E) * jnp.tanh(products * (spec.scale / cap))
-    position = of_rows[:, 1:] + (length - spec.num_queries)
-    distance = position - (of_columns[1:] + start)
+    position = of_rows[:, 1:] + (page.length - spec.num_queries)
+    distance = position - (of_columns[1:] + page.start)
     allowed = (of_rows[:, :1] == of_columns[:1]) & (distance >= 0)
     if spec.window is not None:
         allowed &= distance < spec.window
     return jnp.where(allowed, logits, -jnp.inf)
 
 
-def _only_tokens(spec: _Spec, v, start, length):
-    """v with 0 behind the row's length, where the cache may hold NaN, which a weight of 0 does not remove."""
+def _only_tokens(spec: _Spec, page: _Page):
+    """v of a page with 0 behind the row's length, where the cache may hold NaN, which a weight of 0 does not remove."""
+    v = page.v[...]
     pairs = v.dtype == jnp.bfloat16 and spec.kv_heads % 2 == 0
     # Two columns of a token are one word, which is not taken apart.
     words = pltpu.bitcast(v, jnp.int32) if pairs else v
     word = jax.lax.broadcasted_iota(jnp.int32, (words.shape[0], 1), 0)
-    of_tokens = (length - start) * (spec.kv_heads // 2 if pairs else spec.kv_heads)
+    of_tokens = (page.length - page.start) * (spec.kv_heads // 2 if pairs else spec.kv_heads)
     words = jnp.where(word < of_tokens, words, 0)
     return pltpu.bitcast(words, v.dtype) if pairs else words
