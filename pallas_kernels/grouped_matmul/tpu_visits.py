@@ -67,8 +67,12 @@ def visits(group_sizes, num_rows: int, tile_rows: int, *, every_group: bool) -> 
     # Each group begins at most one more visit than there are tiles.
     number = jnp.arange(tiles + group_sizes.shape[0], dtype=jnp.int32)
     number = jnp.minimum(number, upto[-1] - 1)
-    group = jnp.sum(number[:, None] >= upto, axis=1, dtype=jnp.int32)
-    tile = first[group] + number - (upto - counts)[group]
+    is_over = number[:, None] >= upto
+    group = jnp.sum(is_over, axis=1, dtype=jnp.int32)
+    # Summed over the groups before, as to gather the offset of each visit's group takes longer.
+    offset = first - (upto - counts)
+    tile = number + offset[0]
+    tile += jnp.sum(jnp.where(is_over[:, :-1], jnp.diff(offset), 0), axis=1, dtype=jnp.int32)
     return Visits(group, tile, starts, ends, upto[-1:])
 
 
