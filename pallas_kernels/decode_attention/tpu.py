@@ -39,10 +39,10 @@ LOGITS_BYTES = 2**21
 # What one page may have at most.
 MOST_LOGITS_BYTES, MOST_PAGE_ENTRIES = 2**22, 2**19
 VMEM_LIMIT = 16 * 2**20
-# A page is one block of a visit, with a buffer and a copy of its own.
+# A page is one block of a visit, with a copy of its own; of short caches a visit has so many rows at most.
 MOST_PAGES = 16
 LARGEST_HEAD_DIM = 512
-# Of the queries of all heads.
+# Of the queries of all heads in a visit.
 MOST_QUERY_ENTRIES = 2**17
 # The page table lies in scalar memory.
 LARGEST_PAGE_TABLE = 2**17
@@ -165,7 +165,9 @@ def _make_spec(q, k_cache, page_table, window, scale, logits_soft_cap) -> _Spec:
     batch_rows = 1
     if page_table is None and max_pages == 1:
         # Each core still has a visit.
-        batch_rows = largest_divisor(batch, max(1, min(keys // page_size, batch // cores)))
+        query_entries = num_queries * heads * _padded(dim)
+        most = min(keys // page_size, batch // cores, MOST_QUERY_ENTRIES // query_entries)
+        batch_rows = largest_divisor(batch, min(most, MOST_PAGES))
     return _Spec(
         num_queries=num_queries,
         heads=heads,

@@ -137,6 +137,30 @@ def test_equals_float64(rng, case, dtype, is_paged, implementation):
     assert np.all(np.isneginf(np.asarray(got[1])[sees_nothing]))
 
 
+@pytest.mark.parametrize("case", list(CASES))
+def test_several_rows_of_short_caches_a_visit(rng, monkeypatch, case):
+    monkeypatch.undo()
+    *shape, options = CASES[case]
+    q, k, v, lengths = random_inputs(rng, *shape)
+    visits = []
+    make_spec = tpu._make_spec
+
+    def seen(*args):
+        visits.append(make_spec(*args))
+        return visits[-1]
+
+    monkeypatch.setattr(tpu, "_make_spec", seen)
+    got = decode_attention(
+        *cast((q, k, v), jnp.float32),
+        lengths,
+        return_lse=True,
+        implementation="tpu_interpret",
+        **options,
+    )
+    assert_close(got, in_float64(q, k, v, lengths, **options))
+    assert {(spec.batch_rows, spec.visits) for spec in visits} == {(len(lengths), 1)}
+
+
 def test_several_pages_a_visit(rng, monkeypatch):
     monkeypatch.undo()
     q, k, v, lengths = random_inputs(rng, [5, 41, 100], 2, 4, 2)
@@ -287,6 +311,8 @@ COMPILED = {
     "one long row": ("v5p", (1, 1, 16, 256), (32768, 1), None, "bfloat16", {}),
     "float32": ("v6e", (4, 2, 8, 128), (1000, 8), None, "float32", {"logits_soft_cap": 30.0}),
     "most rows": ("v5e", (2, 16, 16, 512), (1000, 16), None, "float32", {}),
+    "short rows": ("v6e", (64, 1, 64, 128), (16, 8), None, "bfloat16", {}),
+    "shortest rows": ("v5e", (512, 1, 8, 64), (16, 1), None, "float32", {"window": 4}),
     "largest pages": ("v5e", (2, 16, 16, 512), (1024, 8), 128, "bfloat16", {}),
 }
 
