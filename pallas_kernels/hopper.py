@@ -1,7 +1,9 @@
 """What kernels for NVIDIA Hopper (Pallas, Mosaic GPU) share: chips, products of tiles, warpgroups and their work.
 
-One warpgroup only starts copies from HBM to shared memory, the others compute, so that a tile arrives while another is
-computed with (Shah et al., "FlashAttention-3", arXiv 2407.08608, section 3.1). They meet at a `Ring`.
+A tile arrives in shared memory while another is computed with: the first of a block's warpgroups starts the copies
+before it computes, and all meet at a `Ring`. No warpgroup is there for the copies alone (Shah et al.,
+"FlashAttention-3", arXiv 2407.08608, section 3.1, has one, which gives its registers away): nvJitLink, which assembles
+kernels where CUDA comes from PyPI, ignores `setmaxnreg`, and with a third warpgroup gradients spilled their sums.
 
 Of WGMMA the kernels use what Pallas' interpreter runs, so that all of them is proven without a GPU: operands in shared
 memory, and sums that begin at 0 and are added to those of the tiles before. Three things that it does not tell:
@@ -13,6 +15,7 @@ memory, and sums that begin at 0 and are added to those of the tiles before. Thr
 - Sums over the rows of a tile pass through a scratch of the block, so that two warpgroups must not make them at once.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,12 +30,10 @@ from pallas_kernels.varying import vary_alike
 CHIPS = ("H100", "H200", "H800", "H20", "GH200")
 # Rows of a tile that one `wgmma` of a warpgroup takes.
 ROWS = 64
-# Warpgroups of a block that compute; one more copies.
+# Of a block: threads of three would have fewer registers, 168 and not 255.
 WARPGROUPS = 2
 # Tiles in a ring: one is read while the other arrives.
 STAGES = 2
-# Registers of a thread that computes and of one that copies; together they are all that a multiprocessor has.
-COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
 
 
 def refuses_device() -> str | None:
@@ -105,7 +106,7 @@ def call(
     interpret,
     name: str,
     scratch=(),
-    has_roles: bool = True,
+    has_warpgroups: bool = True,
     has_barriers: bool = True,
 ):
     """Runs `kernel(*references)` over the grid.
@@ -118,11 +119,11 @@ def call(
         interpret: None to compile, or a `plgpu.InterpretGPUParams`.
         name: name of the kernel.
         scratch: a sequence of types.
-        has_roles: a block has `WARPGROUPS` that compute and one that copies, for `run_roles`; else it is one warpgroup.
+        has_warpgroups: a block is `WARPGROUPS`, by the axis "warpgroup"; else it is one.
         has_barriers: the compiler puts a barrier around every store; else what warps exchange through shared memory is
             ordered by `plgpu.commit_smem` alone.
     """
-    threads = {"num_threads": WARPGROUPS + 1, "thread_name": "warpgroup"} if has_roles else {}
+    threads = {"num_threads": WARPGROUPS, "thread_name": "warpgroup"} if has_warpgroups else {}
     results = plgpu.kernel(
         kernel,
         out_type=tuple(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in out),
@@ -148,10 +149,10 @@ def interpreter(interpret):
 
 
 class Ring(NamedTuple):
-    """Tiles on their way from HBM to the warpgroups that compute with them.
+    """Room in shared memory for tiles on their way from HBM.
 
     Attributes:
-        buffers: of [STAGES, ...] each, in shared memory; a tile is a piece of each.
+        buffers: of [STAGES, ...] each; a tile is a piece of each.
         filled: barriers [STAGES], which complete when all pieces of the tile have arrived.
         freed: barriers [STAGES], which complete when every warpgroup has done with the tile.
     """
@@ -160,36 +161,69 @@ class Ring(NamedTuple):
     filled: Any
     freed: Any
 
-    def fill(self, num_tiles, pieces) -> None:
-        """Copies `pieces(i)`, references to HBM, for every tile i; to be run by one warpgroup."""
+    def start(self, num_tiles, pieces, places=None) -> "Tiles":
+        """Begins to copy `pieces(i)`, references to HBM, of the tiles i; to be run by every warpgroup.
 
-        @pl.loop(0, num_tiles)
-        def _(i):
-            slot = jax.lax.rem(i, STAGES)
+        `places` are where the pieces go, parts of the buffers; None: each piece is that of a buffer.
+        """
+        tiles = Tiles(self, num_tiles, pieces, self.buffers if places is None else places)
 
-            @pl.when(i >= STAGES)
-            def _():
-                plgpu.barrier_wait(self.freed.at[slot])
+        @pl.when(tiles.copies)
+        def _():
+            pl.loop(0, jnp.minimum(STAGES, num_tiles))(tiles.copy)
 
-            for piece, buffer in zip(pieces(i), self.buffers, strict=True):
-                plgpu.copy_gmem_to_smem(piece, buffer.at[slot], self.filled.at[slot])
+        return tiles
 
-    def fold(self, num_tiles, function, carry):
-        """`carry = function(i, pieces, carry)` for every tile i; to be run by each warpgroup that computes."""
+
+class Tiles(NamedTuple):
+    """What passes through a ring.
+
+    Attributes:
+        ring: the ring.
+        count: of tiles.
+        pieces: as `Ring.start` takes it.
+        places: likewise.
+    """
+
+    ring: Ring
+    count: Any
+    pieces: Callable[[Any], Iterable]
+    places: Sequence
+
+    @property
+    def copies(self):
+        """Whether it is this warpgroup that starts the copies."""
+        return jax.lax.axis_index("warpgroup") == 0
+
+    def copy(self, i) -> None:
+        """Starts to copy tile i to its place, which has to be free."""
+        slot = jax.lax.rem(i, STAGES)
+        for piece, place in zip(self.pieces(i), self.places, strict=True):
+            plgpu.copy_gmem_to_smem(piece, place.at[slot], self.ring.filled.at[slot])
+
+    def fold(self, function, carry):
+        """`carry = function(i, pieces, carry)` for every tile i; to be run by every warpgroup."""
 
         def step(i, carry):
             slot = jax.lax.rem(i, STAGES)
-            plgpu.barrier_wait(self.filled.at[slot])
-            carry = function(i, [buffer.at[slot] for buffer in self.buffers], carry)
+            next_tile = i - 1 + STAGES
+
+            @pl.when(self.copies & (i > 0) & (next_tile < self.count))
+            def _():
+                plgpu.barrier_wait(self.ring.freed.at[jax.lax.rem(next_tile, STAGES)])
+                self.copy(next_tile)
+
+            plgpu.barrier_wait(self.ring.filled.at[slot])
+            carry = function(i, [buffer.at[slot] for buffer in self.ring.buffers], carry)
 
             # Nobody waits for the last tiles to be freed.
-            @pl.when(i + STAGES < num_tiles)
+            @pl.when(i + STAGES < self.count)
             def _():
-                plgpu.barrier_arrive(self.freed.at[slot])
+                plgpu.barrier_arrive(self.ring.freed.at[slot])
 
             return carry
 
-        return jax.lax.fori_loop(0, num_tiles, step, carry)
+        return jax.lax.fori_loop(0, self.count, step, carry)
 
 
 def ring(*pieces) -> Ring:
@@ -199,18 +233,3 @@ def ring(*pieces) -> Ring:
         plgpu.Barrier(num_arrivals=len(pieces), num_barriers=STAGES),
         plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
     )
-
-
-def run_roles(compute, copy) -> None:
-    """`compute(warpgroup)` on the warpgroups that do, `copy()` on the last one."""
-    warpgroup = jax.lax.axis_index("warpgroup")
-
-    def role_of_computing():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        compute(warpgroup)
-
-    def role_of_copying():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-        copy()
-
-    jax.lax.cond(warpgroup < WARPGROUPS, role_of_computing, role_of_copying)

@@ -99,32 +99,28 @@ def _kernel(spec: Spec, table, q, k, v, *rest):
     # Causal rows are the longer the later they are, and the longest begin first.
     block = table.shape[0] - 1 - index
     visited = gpu_tile.load_visited(table, block)
+    warpgroup = jax.lax.axis_index("warpgroup")
+    tiles = gpu_tile.start_keys(ring, visited, q, k, v, tokens, batch, head, KEYS)
 
-    def compute(warpgroup):
-        start = block * BLOCK + warpgroup * ROWS
-        rows = pl.ds(start, ROWS)
-        q_tile, weight_tile = q_tiles.at[warpgroup], weight_tiles.at[warpgroup]
-        plgpu.copy_gmem_to_smem(q.at[batch, rows, head], q_tile, q_filled.at[warpgroup])
-        query = start
-        if tokens:
-            query = gpu_tile.load_tokens(gpu_tile.of_batch(tokens[0], batch, start, ROWS), 0)
-        plgpu.barrier_wait(q_filled.at[warpgroup])
+    start = block * BLOCK + warpgroup * ROWS
+    rows = pl.ds(start, ROWS)
+    q_tile, weight_tile = q_tiles.at[warpgroup], weight_tiles.at[warpgroup]
+    plgpu.copy_gmem_to_smem(q.at[batch, rows, head], q_tile, q_filled.at[warpgroup])
+    query = start
+    if tokens:
+        query = gpu_tile.load_tokens(gpu_tile.of_batch(tokens[0], batch, start, ROWS), 0)
+    plgpu.barrier_wait(q_filled.at[warpgroup])
 
-        def accumulate(i, pieces, softmax):
-            k_tile, v_tile, *key_tokens = pieces
-            tile = visited.first + i
-            key = gpu_tile.load_tokens(key_tokens[0], 1) if tokens else tile * KEYS
-            logits = gpu_tile.base2_logits(spec, hopper.product(q_tile, k_tile.T))
-            logits = gpu_tile.where_allowed(
-                spec, logits, -jnp.inf, query, key, visited.is_full(tile), queries_axis=0
-            )
-            return softmax.add(logits, v_tile, weight_tile)
+    def accumulate(i, pieces, softmax):
+        k_tile, v_tile, *key_tokens = pieces
+        tile = visited.first + i
+        key = gpu_tile.load_tokens(key_tokens[0], 1) if tokens else tile * KEYS
+        logits = gpu_tile.base2_logits(spec, hopper.product(q_tile, k_tile.T))
+        logits = gpu_tile.where_allowed(
+            spec, logits, -jnp.inf, query, key, visited.is_full(tile), queries_axis=0
+        )
+        return softmax.add(logits, v_tile, weight_tile)
 
-        softmax = gpu_tile.Softmax.of_nothing(v.shape[3])
-        values, lse[batch, head, rows] = ring.fold(visited.num_tiles, accumulate, softmax).result()
-        hopper.write_tile(values, q_tile, out.at[batch, rows, head])
-
-    def copy():
-        gpu_tile.fill_key_ring(ring, visited, q, k, v, tokens, batch, head, KEYS)
-
-    hopper.run_roles(compute, copy)
+    softmax = gpu_tile.Softmax.of_nothing(v.shape[3])
+    values, lse[batch, head, rows] = tiles.fold(accumulate, softmax).result()
+    hopper.write_tile(values, q_tile, out.at[batch, rows, head])

@@ -79,46 +79,42 @@ def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
     # Causal rows are the longer the later they are, and the longest begin first.
     block = table.shape[0] - 1 - index
     visited = gpu_tile.load_visited(table, block)
+    warpgroup = jax.lax.axis_index("warpgroup")
+    tiles = gpu_tile.start_keys(ring, visited, q, k, v, tokens, batch, head, COLUMNS)
 
-    def compute(warpgroup):
-        start = block * BLOCK + warpgroup * ROWS
-        rows = pl.ds(start, ROWS)
-        q_tile, d_out_tile, d_logit_tile = (
-            x.at[warpgroup] for x in (q_tiles, d_out_tiles, d_logit_tiles)
+    start = block * BLOCK + warpgroup * ROWS
+    rows = pl.ds(start, ROWS)
+    q_tile, d_out_tile, d_logit_tile = (
+        x.at[warpgroup] for x in (q_tiles, d_out_tiles, d_logit_tiles)
+    )
+    plgpu.copy_gmem_to_smem(q.at[batch, rows, head], q_tile, filled.at[warpgroup])
+    plgpu.copy_gmem_to_smem(d_out.at[batch, rows, head], d_out_tile, filled.at[warpgroup])
+    of_rows = [hopper.load_vector(statistics.at[batch, head, i, rows], 0) for i in range(2)]
+    query = start
+    if tokens:
+        query = gpu_tile.load_tokens(gpu_tile.of_batch(tokens[0], batch, start, ROWS), 0)
+    plgpu.barrier_wait(filled.at[warpgroup])
+
+    def accumulate(i, pieces, q_sums):
+        k_tile, v_tile, *key_tokens = pieces
+        tile = visited.first + i
+        key = gpu_tile.load_tokens(key_tokens[0], 1) if tokens else tile * COLUMNS
+        logits, d_weights = hopper.products((q_tile, k_tile.T), (d_out_tile, v_tile.T))
+        _, d_logits = _weights(
+            spec,
+            logits,
+            d_weights,
+            of_rows.__getitem__,
+            query,
+            key,
+            visited.is_full(tile),
+            queries_axis=0,
         )
-        plgpu.copy_gmem_to_smem(q.at[batch, rows, head], q_tile, filled.at[warpgroup])
-        plgpu.copy_gmem_to_smem(d_out.at[batch, rows, head], d_out_tile, filled.at[warpgroup])
-        of_rows = [hopper.load_vector(statistics.at[batch, head, i, rows], 0) for i in range(2)]
-        query = start
-        if tokens:
-            query = gpu_tile.load_tokens(gpu_tile.of_batch(tokens[0], batch, start, ROWS), 0)
-        plgpu.barrier_wait(filled.at[warpgroup])
+        hopper.stage((d_logits, d_logit_tile))
+        return q_sums + hopper.product(d_logit_tile, k_tile)
 
-        def accumulate(i, pieces, q_sums):
-            k_tile, v_tile, *key_tokens = pieces
-            tile = visited.first + i
-            key = gpu_tile.load_tokens(key_tokens[0], 1) if tokens else tile * COLUMNS
-            logits, d_weights = hopper.products((q_tile, k_tile.T), (d_out_tile, v_tile.T))
-            _, d_logits = _weights(
-                spec,
-                logits,
-                d_weights,
-                of_rows.__getitem__,
-                query,
-                key,
-                visited.is_full(tile),
-                queries_axis=0,
-            )
-            hopper.stage((d_logits, d_logit_tile))
-            return q_sums + hopper.product(d_logit_tile, k_tile)
-
-        q_sums = ring.fold(visited.num_tiles, accumulate, hopper.zeros(ROWS, q.shape[3]))
-        hopper.write_tile(q_sums * spec.scale, q_tile, dq.at[batch, rows, head])
-
-    def copy():
-        gpu_tile.fill_key_ring(ring, visited, q, k, v, tokens, batch, head, COLUMNS)
-
-    hopper.run_roles(compute, copy)
+    q_sums = tiles.fold(accumulate, hopper.zeros(ROWS, q.shape[3]))
+    hopper.write_tile(q_sums * spec.scale, q_tile, dq.at[batch, rows, head])
 
 
 def _keys_gradients(spec: Spec, q, d_out, k, v, statistics, tokens):
@@ -158,61 +154,58 @@ def _keys_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
     tiles_of_head = visited.num_tiles
     group = q.shape[2] // k.shape[2]
     num_tiles = tiles_of_head * group
+    warpgroup = jax.lax.axis_index("warpgroup")
 
-    def compute(warpgroup):
-        start = block * BLOCK + warpgroup * ROWS
-        rows = pl.ds(start, ROWS)
-        k_tile, v_tile, weight_tile, d_logit_tile = (
-            x.at[warpgroup] for x in (k_tiles, v_tiles, weight_tiles, d_logit_tiles)
+    def pieces(i):
+        head = kv_head * group + jax.lax.div(i, tiles_of_head)
+        start = (visited.first + jax.lax.rem(i, tiles_of_head)) * COLUMNS
+        columns = pl.ds(start, COLUMNS)
+        yield q.at[batch, columns, head]
+        yield d_out.at[batch, columns, head]
+        yield statistics.at[batch, head, :, columns]
+        for x in tokens[:1]:
+            yield gpu_tile.of_batch(x, batch, start, COLUMNS)
+
+    tiles = ring.start(num_tiles, pieces)
+
+    start = block * BLOCK + warpgroup * ROWS
+    rows = pl.ds(start, ROWS)
+    k_tile, v_tile, weight_tile, d_logit_tile = (
+        x.at[warpgroup] for x in (k_tiles, v_tiles, weight_tiles, d_logit_tiles)
+    )
+    plgpu.copy_gmem_to_smem(k.at[batch, rows, kv_head], k_tile, filled.at[warpgroup])
+    plgpu.copy_gmem_to_smem(v.at[batch, rows, kv_head], v_tile, filled.at[warpgroup])
+    key = start
+    if tokens:
+        key = gpu_tile.load_tokens(gpu_tile.of_batch(tokens[1], batch, start, ROWS), 0)
+    plgpu.barrier_wait(filled.at[warpgroup])
+
+    def accumulate(i, pieces, carry):
+        k_sums, v_sums = carry
+        q_tile, d_out_tile, of_rows, *query_tokens = pieces
+        tile = visited.first + jax.lax.rem(i, tiles_of_head)
+        query = gpu_tile.load_tokens(query_tokens[0], 1) if tokens else tile * COLUMNS
+        logits, d_weights = hopper.products((k_tile, q_tile.T), (v_tile, d_out_tile.T))
+        weights, d_logits = _weights(
+            spec,
+            logits,
+            d_weights,
+            lambda which: hopper.load_vector(of_rows.at[which], 1),
+            query,
+            key,
+            visited.is_full(tile),
+            queries_axis=1,
         )
-        plgpu.copy_gmem_to_smem(k.at[batch, rows, kv_head], k_tile, filled.at[warpgroup])
-        plgpu.copy_gmem_to_smem(v.at[batch, rows, kv_head], v_tile, filled.at[warpgroup])
-        key = start
-        if tokens:
-            key = gpu_tile.load_tokens(gpu_tile.of_batch(tokens[1], batch, start, ROWS), 0)
-        plgpu.barrier_wait(filled.at[warpgroup])
+        # Both leave the registers before a product needs them.
+        hopper.stage((weights, weight_tile), (d_logits, d_logit_tile))
+        v_sums += hopper.product(weight_tile, d_out_tile)
+        k_sums += hopper.product(d_logit_tile, q_tile)
+        return k_sums, v_sums
 
-        def accumulate(i, pieces, carry):
-            k_sums, v_sums = carry
-            q_tile, d_out_tile, of_rows, *query_tokens = pieces
-            tile = visited.first + jax.lax.rem(i, tiles_of_head)
-            query = gpu_tile.load_tokens(query_tokens[0], 1) if tokens else tile * COLUMNS
-            logits, d_weights = hopper.products((k_tile, q_tile.T), (v_tile, d_out_tile.T))
-            weights, d_logits = _weights(
-                spec,
-                logits,
-                d_weights,
-                lambda which: hopper.load_vector(of_rows.at[which], 1),
-                query,
-                key,
-                visited.is_full(tile),
-                queries_axis=1,
-            )
-            # Both leave the registers before a product needs them.
-            hopper.stage((weights, weight_tile), (d_logits, d_logit_tile))
-            v_sums += hopper.product(weight_tile, d_out_tile)
-            k_sums += hopper.product(d_logit_tile, q_tile)
-            return k_sums, v_sums
-
-        nothing = hopper.zeros(ROWS, k.shape[3])
-        k_sums, v_sums = ring.fold(num_tiles, accumulate, (nothing, nothing))
-        hopper.write_tile(k_sums * spec.scale, k_tile, dk.at[batch, rows, kv_head])
-        hopper.write_tile(v_sums, v_tile, dv.at[batch, rows, kv_head])
-
-    def copy():
-        def pieces(i):
-            head = kv_head * group + jax.lax.div(i, tiles_of_head)
-            start = (visited.first + jax.lax.rem(i, tiles_of_head)) * COLUMNS
-            columns = pl.ds(start, COLUMNS)
-            yield q.at[batch, columns, head]
-            yield d_out.at[batch, columns, head]
-            yield statistics.at[batch, head, :, columns]
-            for x in tokens[:1]:
-                yield gpu_tile.of_batch(x, batch, start, COLUMNS)
-
-        ring.fill(num_tiles, pieces)
-
-    hopper.run_roles(compute, copy)
+    nothing = hopper.zeros(ROWS, k.shape[3])
+    k_sums, v_sums = tiles.fold(accumulate, (nothing, nothing))
+    hopper.write_tile(k_sums * spec.scale, k_tile, dk.at[batch, rows, kv_head])
+    hopper.write_tile(v_sums, v_tile, dv.at[batch, rows, kv_head])
 
 
 def _weights(spec: Spec, products, d_weights, statistic, query, key, is_full, *, queries_axis: int):

@@ -201,8 +201,10 @@ def key_ring(k, v, tokens, length: int) -> hopper.Ring:
     return hopper.ring(*pieces)
 
 
-def fill_key_ring(ring: hopper.Ring, visited: Visited, q, k, v, tokens, batch, head, length: int):
-    """Copies the tiles that a block of the query head `head` visits; for the warpgroup that copies."""
+def start_keys(
+    ring: hopper.Ring, visited: Visited, q, k, v, tokens, batch, head, length: int
+) -> hopper.Tiles:
+    """The tiles that a block of the query head `head` visits, of `length` keys each."""
     kv_head = jax.lax.div(head, q.shape[2] // k.shape[2])
 
     def pieces(i):
@@ -213,7 +215,7 @@ def fill_key_ring(ring: hopper.Ring, visited: Visited, q, k, v, tokens, batch, h
         for x in tokens[1:]:
             yield of_batch(x, batch, start, length)
 
-    ring.fill(visited.num_tiles, pieces)
+    return ring.start(visited.num_tiles, pieces)
 
 
 def grid(batch: int, heads: int, length: int) -> dict[str, int]:

@@ -152,32 +152,32 @@ def _kernel(spec: Spec, num_tables: int, *refs):
     part = part_of(spec, lengths[batch], index)
     block_of_head = head * spec.row_blocks + block
     rows = pl.ds(block_of_head * spec.rows, spec.rows)
+    warpgroup = jax.lax.axis_index("warpgroup")
 
-    def compute(warpgroup):
-        weight_tile, out_tile = weight_tiles.at[warpgroup], out_tiles.at[warpgroup]
-        plgpu.barrier_wait(q_filled)
-
-        def accumulate(i, pieces, softmax):
-            k_tile, v_tile = (piece.at[warpgroup] for piece in pieces)
-            own = part.start + i * spec.keys + warpgroup * spec.half
-            start = _start_of_copy(spec, own)
-            logits = base2_logits(spec, hopper.product(q_tile, k_tile.T))
-            logits = _hide(spec, part, logits, v_tile, block, own, start)
-            return softmax.add(logits, v_tile, weight_tile)
-
-        own_part = index * WARPGROUPS + warpgroup
-        softmax = ring.fold(part.num_tiles, accumulate, Softmax.of_nothing(v.shape[3]))
-        values, lse[batch, own_part, block_of_head] = softmax.result()
-        hopper.stage((values, out_tile))
-        plgpu.copy_smem_to_gmem(out_tile.at[pl.ds(0, spec.rows)], out.at[batch, own_part, rows])
-        plgpu.wait_smem_to_gmem(0)
-
-    def copy():
+    @pl.when(warpgroup == 0)
+    def _():
         # What the rows behind them in shared memory hold gives rows that nobody reads.
         plgpu.copy_gmem_to_smem(q.at[batch, rows], q_tile.at[pl.ds(0, spec.rows)], q_filled)
-        _fill(spec, part, ring, (k, v), batch, head, *page_table)
 
-    hopper.run_roles(compute, copy)
+    tiles = _start(spec, part, ring, (k, v), batch, head, *page_table)
+
+    weight_tile, out_tile = weight_tiles.at[warpgroup], out_tiles.at[warpgroup]
+    plgpu.barrier_wait(q_filled)
+
+    def accumulate(i, pieces, softmax):
+        k_tile, v_tile = (piece.at[warpgroup] for piece in pieces)
+        own = part.start + i * spec.keys + warpgroup * spec.half
+        start = _start_of_copy(spec, own)
+        logits = base2_logits(spec, hopper.product(q_tile, k_tile.T))
+        logits = _hide(spec, part, logits, v_tile, block, own, start)
+        return softmax.add(logits, v_tile, weight_tile)
+
+    own_part = index * WARPGROUPS + warpgroup
+    softmax = tiles.fold(accumulate, Softmax.of_nothing(v.shape[3]))
+    values, lse[batch, own_part, block_of_head] = softmax.result()
+    hopper.stage((values, out_tile))
+    plgpu.copy_smem_to_gmem(out_tile.at[pl.ds(0, spec.rows)], out.at[batch, own_part, rows])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _hide(spec: Spec, part: Part, logits, v_tile, block, own, start):
@@ -224,8 +224,8 @@ def _start_of_copy(spec: Spec, token):
     )
 
 
-def _fill(spec: Spec, part: Part, ring, caches, batch, head, page_table=None) -> None:
-    """Copies the part's tiles of a key head of k and v into the ring."""
+def _start(spec: Spec, part: Part, ring, caches, batch, head, page_table=None) -> hopper.Tiles:
+    """The part's tiles of a key head of k and v, each copied in pieces of `copy` keys."""
     offsets = [(w, i) for w in range(WARPGROUPS) for i in range(0, spec.half, spec.copy)]
 
     def place(token):
@@ -243,5 +243,5 @@ def _fill(spec: Spec, part: Part, ring, caches, batch, head, page_table=None) ->
         places = [place(start + w * spec.half + i) for w, i in offsets]
         return [x.at[row, pl.ds(first, spec.copy), head] for x in caches for row, first in places]
 
-    buffers = [buffer.at[:, w, pl.ds(i, spec.copy)] for buffer in ring.buffers for w, i in offsets]
-    ring._replace(buffers=buffers).fill(part.num_tiles, pieces)
+    into = [buffer.at[:, w, pl.ds(i, spec.copy)] for buffer in ring.buffers for w, i in offsets]
+    return ring.start(part.num_tiles, pieces, into)

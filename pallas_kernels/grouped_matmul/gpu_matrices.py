@@ -52,42 +52,39 @@ def _kernel(width: int, bounds, lhs, rhs, out, staged, cleaned, ring):
     start, end = (bounds[group, i] for i in range(2))
     first_tile = jax.lax.div(start, BLOCK)
     num_tiles = jnp.where(end > start, jax.lax.div(end + (BLOCK - 1), BLOCK) - first_tile, 0)
+    warpgroup = jax.lax.axis_index("warpgroup")
 
-    def compute(warpgroup):
-        own = pl.ds(warpgroup * ROWS, ROWS)
+    def pieces(i):
+        rows = pl.ds((first_tile + i) * BLOCK, BLOCK)
+        yield lhs.at[rows, pl.ds(row * BLOCK, BLOCK)]
+        yield rhs.at[rows, pl.ds(column * width, width)]
 
-        def multiply(sums):
-            def step(i, pieces, carry):
-                lhs_tile, rhs_tile = pieces
-                first = (first_tile + i) * BLOCK
+    tiles = ring.start(num_tiles, pieces)
 
-                @pl.when((first < start) | (first + BLOCK > end))
-                def _():
-                    for piece in pieces:
-                        _clear(piece.at[own], first + warpgroup * ROWS, start, end)
-                    plgpu.barrier_arrive(cleaned)
-                    plgpu.barrier_wait(cleaned)
+    own = pl.ds(warpgroup * ROWS, ROWS)
 
-                plgpu.wgmma(sums, lhs_tile.at[:, own].T, rhs_tile)
-                plgpu.wgmma_wait(0)
-                return carry
+    def multiply(sums):
+        def step(i, pieces, carry):
+            lhs_tile, rhs_tile = pieces
+            first = (first_tile + i) * BLOCK
 
-            ring.fold(num_tiles, step, jnp.int32(0))
-            return sums[...]
+            @pl.when((first < start) | (first + BLOCK > end))
+            def _():
+                for piece in pieces:
+                    _clear(piece.at[own], first + warpgroup * ROWS, start, end)
+                plgpu.barrier_arrive(cleaned)
+                plgpu.barrier_wait(cleaned)
 
-        sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, width), jnp.float32))
-        rows = pl.ds(row * BLOCK + warpgroup * ROWS, ROWS)
-        write(sums, staged.at[warpgroup], out.at[group, rows, pl.ds(column * width, width)])
+            plgpu.wgmma(sums, lhs_tile.at[:, own].T, rhs_tile)
+            plgpu.wgmma_wait(0)
+            return carry
 
-    def copy():
-        def pieces(i):
-            rows = pl.ds((first_tile + i) * BLOCK, BLOCK)
-            yield lhs.at[rows, pl.ds(row * BLOCK, BLOCK)]
-            yield rhs.at[rows, pl.ds(column * width, width)]
+        tiles.fold(step, jnp.int32(0))
+        return sums[...]
 
-        ring.fill(num_tiles, pieces)
-
-    hopper.run_roles(compute, copy)
+    sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, width), jnp.float32))
+    rows = pl.ds(row * BLOCK + warpgroup * ROWS, ROWS)
+    write(sums, staged.at[warpgroup], out.at[group, rows, pl.ds(column * width, width)])
 
 
 def _clear(tile, first, start, end) -> None:

@@ -68,33 +68,30 @@ def _kernel(width: int, transposed: bool, table, rows, matrices, out, staged, ri
     columns_of_block = pl.ds(jax.lax.axis_index("column") * width, width)
     is_group = (group < matrices.shape[0]) & (end > start)
     num_tiles = jnp.where(is_group, rows.shape[1] // BLOCK, 0)
+    warpgroup = jax.lax.axis_index("warpgroup")
 
-    def compute(warpgroup):
-        def multiply(sums):
-            def step(i, pieces, carry):
-                row_tile, matrix_tile = pieces
-                own_rows = row_tile.at[pl.ds(warpgroup * ROWS, ROWS)]
-                plgpu.wgmma(sums, own_rows, matrix_tile.T if transposed else matrix_tile)
-                plgpu.wgmma_wait(0)
-                return carry
+    def pieces(i):
+        inner = pl.ds(i * BLOCK, BLOCK)
+        yield rows.at[pl.ds(tile * BLOCK, BLOCK), inner]
+        place = (columns_of_block, inner) if transposed else (inner, columns_of_block)
+        yield matrices.at[(group, *place)]
 
-            ring.fold(num_tiles, step, jnp.int32(0))
-            return sums[...]
+    tiles = ring.start(num_tiles, pieces)
 
-        sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, width), jnp.float32))
-        first_row = tile * BLOCK + warpgroup * ROWS
-        first = jnp.clip(start - first_row, 0, ROWS)
-        count = jnp.clip(end - first_row, 0, ROWS) - first
-        target = out.at[pl.ds(first_row, ROWS), columns_of_block]
-        write(sums, staged.at[warpgroup], target, first, count)
+    def multiply(sums):
+        def step(i, pieces, carry):
+            row_tile, matrix_tile = pieces
+            own_rows = row_tile.at[pl.ds(warpgroup * ROWS, ROWS)]
+            plgpu.wgmma(sums, own_rows, matrix_tile.T if transposed else matrix_tile)
+            plgpu.wgmma_wait(0)
+            return carry
 
-    def copy():
-        def pieces(i):
-            inner = pl.ds(i * BLOCK, BLOCK)
-            yield rows.at[pl.ds(tile * BLOCK, BLOCK), inner]
-            place = (columns_of_block, inner) if transposed else (inner, columns_of_block)
-            yield matrices.at[(group, *place)]
+        tiles.fold(step, jnp.int32(0))
+        return sums[...]
 
-        ring.fill(num_tiles, pieces)
-
-    hopper.run_roles(compute, copy)
+    sums = pl.run_scoped(multiply, plgpu.ACC((ROWS, width), jnp.float32))
+    first_row = tile * BLOCK + warpgroup * ROWS
+    first = jnp.clip(start - first_row, 0, ROWS)
+    count = jnp.clip(end - first_row, 0, ROWS) - first
+    target = out.at[pl.ds(first_row, ROWS), columns_of_block]
+    write(sums, staged.at[warpgroup], target, first, count)

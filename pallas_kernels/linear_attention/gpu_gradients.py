@@ -110,69 +110,66 @@ def _query_kernel(
     block = gpu_tile.Block.here(spec)
     past_tiles = spec.tiles_of_past(block.group)
     num_tiles = block.own + BLOCK // COLUMNS - block.first
+    warpgroup = jax.lax.axis_index("warpgroup")
 
-    def compute(warpgroup):
-        own = block.rows(warpgroup)
-        q_tile, u_tile, stage = (
-            q_tiles.at[warpgroup],
-            u_tiles.at[warpgroup],
-            staged.at[warpgroup, 0],
-        )
-        for x, tile in ((q, q_tile), (u, u_tile)):
-            plgpu.copy_gmem_to_smem(x.at[block.batch, own, block.head], tile, filled.at[warpgroup])
-        d_totals = hopper.load_vector(d_total.at[block.batch, block.head, own], 0)
-        query_run = from_past = None
+    def pieces_of_past(tile):
+        return gpu_tile.state_pieces(spec, state, sums, selectors, block, tile)
+
+    def pieces(i):
+        columns = pl.ds((block.first + i) * COLUMNS, COLUMNS)
+        yield k.at[block.batch, columns, block.head]
+        yield v.at[block.batch, columns, block.head]
         if rows is not None:
-            query_run, from_past = (
-                gpu_tile.load_token_row(rows, which, block, warpgroup)
-                for which in (AS_QUERY, FROM_PAST)
-            )
-        plgpu.barrier_wait(filled.at[warpgroup])
+            yield rows.at[block.batch, AS_KEY, columns]
 
-        def meet_past(_, pieces, total):
-            state_tile, sums_tile, *matrices = pieces
-            *entries, d_products = hopper.products(
-                *((q_tile, matrix) for matrix in matrices), (u_tile, state_tile.T)
-            )
-            d_products += along(d_totals, d_products.shape, 0) * along(
-                hopper.load_vector(sums_tile, 1), d_products.shape, 1
-            )
-            of_past = gpu_tile.pulled(entries, d_products, matrices, stage)
-            return total + gpu_tile.rows_kept(of_past, from_past)
+    past = past_ring.start(past_tiles, pieces_of_past)
+    tiles = ring.start(num_tiles, pieces)
 
-        def meet_keys(i, pieces, total):
-            k_tile, v_tile, *key_run = pieces
-            products, d_weights = hopper.products((q_tile, k_tile.T), (u_tile, v_tile.T))
-            d_weights += along(d_totals, d_weights.shape, 0)
-            d_products = gpu_tile.where_allowed(
-                gpu_tile.weigh_gradient(spec, products, d_weights),
-                own.start,
-                (block.first + i) * COLUMNS,
-                (query_run, hopper.load_vector(key_run[0], 1)) if key_run else None,
-                queries_axis=0,
-            )
-            hopper.stage((d_products, stage))
-            return total + hopper.product(stage, k_tile)
+    own = block.rows(warpgroup)
+    q_tile, u_tile, stage = (
+        q_tiles.at[warpgroup],
+        u_tiles.at[warpgroup],
+        staged.at[warpgroup, 0],
+    )
+    for x, tile in ((q, q_tile), (u, u_tile)):
+        plgpu.copy_gmem_to_smem(x.at[block.batch, own, block.head], tile, filled.at[warpgroup])
+    d_totals = hopper.load_vector(d_total.at[block.batch, block.head, own], 0)
+    query_run = from_past = None
+    if rows is not None:
+        query_run, from_past = (
+            gpu_tile.load_token_row(rows, which, block, warpgroup)
+            for which in (AS_QUERY, FROM_PAST)
+        )
+    plgpu.barrier_wait(filled.at[warpgroup])
 
-        total = past_ring.fold(past_tiles, meet_past, hopper.zeros(ROWS, q.shape[3]))
-        total = ring.fold(num_tiles, meet_keys, total)
-        hopper.write_tile(total, q_tile, dq.at[block.batch, own, block.head])
+    def meet_past(_, pieces, total):
+        state_tile, sums_tile, *matrices = pieces
+        *entries, d_products = hopper.products(
+            *((q_tile, matrix) for matrix in matrices), (u_tile, state_tile.T)
+        )
+        d_products += along(d_totals, d_products.shape, 0) * along(
+            hopper.load_vector(sums_tile, 1), d_products.shape, 1
+        )
+        of_past = gpu_tile.pulled(entries, d_products, matrices, stage)
+        return total + gpu_tile.rows_kept(of_past, from_past)
 
-    def copy():
-        def pieces_of_past(tile):
-            return gpu_tile.state_pieces(spec, state, sums, selectors, block, tile)
+    def meet_keys(i, pieces, total):
+        k_tile, v_tile, *key_run = pieces
+        products, d_weights = hopper.products((q_tile, k_tile.T), (u_tile, v_tile.T))
+        d_weights += along(d_totals, d_weights.shape, 0)
+        d_products = gpu_tile.where_allowed(
+            gpu_tile.weigh_gradient(spec, products, d_weights),
+            own.start,
+            (block.first + i) * COLUMNS,
+            (query_run, hopper.load_vector(key_run[0], 1)) if key_run else None,
+            queries_axis=0,
+        )
+        hopper.stage((d_products, stage))
+        return total + hopper.product(stage, k_tile)
 
-        def pieces(i):
-            columns = pl.ds((block.first + i) * COLUMNS, COLUMNS)
-            yield k.at[block.batch, columns, block.head]
-            yield v.at[block.batch, columns, block.head]
-            if rows is not None:
-                yield rows.at[block.batch, AS_KEY, columns]
-
-        past_ring.fill(past_tiles, pieces_of_past)
-        ring.fill(num_tiles, pieces)
-
-    hopper.run_roles(compute, copy)
+    total = past.fold(meet_past, hopper.zeros(ROWS, q.shape[3]))
+    total = tiles.fold(meet_keys, total)
+    hopper.write_tile(total, q_tile, dq.at[block.batch, own, block.head])
 
 
 def _key_value_kernel(
@@ -183,80 +180,76 @@ def _key_value_kernel(
     block = gpu_tile.Block.here(spec)
     state_tiles = spec.features.tiles
     num_tiles = block.stop - block.own
+    warpgroup = jax.lax.axis_index("warpgroup")
 
-    def compute(warpgroup):
-        own = block.rows(warpgroup)
-        k_tile, v_tile = k_tiles.at[warpgroup], v_tiles.at[warpgroup]
-        first, second = (staged.at[warpgroup, i] for i in range(2))
-        for x, tile in ((k, k_tile), (v, v_tile)):
-            plgpu.copy_gmem_to_smem(x.at[block.batch, own, block.head], tile, filled.at[warpgroup])
-        key_run = to_state = None
+    def pieces_of_state(tile):
+        return gpu_tile.state_pieces(spec, state, sums, selectors, block, tile)
+
+    def pieces(i):
+        columns = pl.ds((block.own + i) * COLUMNS, COLUMNS)
+        yield q.at[block.batch, columns, block.head]
+        yield u.at[block.batch, columns, block.head]
+        yield d_total.at[block.batch, block.head, columns]
         if rows is not None:
-            key_run, to_state = (
-                gpu_tile.load_token_row(rows, which, block, warpgroup)
-                for which in (AS_KEY, TO_STATE)
+            yield rows.at[block.batch, AS_QUERY, columns]
+
+    states = state_ring.start(state_tiles, pieces_of_state)
+    tiles = ring.start(num_tiles, pieces)
+
+    own = block.rows(warpgroup)
+    k_tile, v_tile = k_tiles.at[warpgroup], v_tiles.at[warpgroup]
+    first, second = (staged.at[warpgroup, i] for i in range(2))
+    for x, tile in ((k, k_tile), (v, v_tile)):
+        plgpu.copy_gmem_to_smem(x.at[block.batch, own, block.head], tile, filled.at[warpgroup])
+    key_run = to_state = None
+    if rows is not None:
+        key_run, to_state = (
+            gpu_tile.load_token_row(rows, which, block, warpgroup) for which in (AS_KEY, TO_STATE)
+        )
+    plgpu.barrier_wait(filled.at[warpgroup])
+
+    def meet_state(_, pieces, carry):
+        k_total, v_total = carry
+        state_tile, sums_tile, *matrices = pieces
+        *entries, d_products = hopper.products(
+            *((k_tile, matrix) for matrix in matrices), (v_tile, state_tile.T)
+        )
+        d_products += along(hopper.load_vector(sums_tile, 1), d_products.shape, 1)
+        features = k_tile
+        if matrices:
+            hopper.stage((functools.reduce(jnp.multiply, entries), first))
+            features = first
+        of_keys = gpu_tile.pulled(entries, d_products, matrices, second)
+        k_total += gpu_tile.rows_kept(of_keys, to_state)
+        v_total += gpu_tile.rows_kept(hopper.product(features, state_tile), to_state)
+        return k_total, v_total
+
+    def meet_queries(i, pieces, carry):
+        k_total, v_total = carry
+        q_tile, u_tile, d_totals, *query_run = pieces
+        products, d_weights = hopper.products((k_tile, q_tile.T), (v_tile, u_tile.T))
+        d_weights += along(hopper.load_vector(d_totals, 1), d_weights.shape, 1)
+        weights, d_products = (
+            gpu_tile.where_allowed(
+                x,
+                (block.own + i) * COLUMNS,
+                own.start,
+                (hopper.load_vector(query_run[0], 1), key_run) if query_run else None,
+                queries_axis=1,
             )
-        plgpu.barrier_wait(filled.at[warpgroup])
-
-        def meet_state(_, pieces, carry):
-            k_total, v_total = carry
-            state_tile, sums_tile, *matrices = pieces
-            *entries, d_products = hopper.products(
-                *((k_tile, matrix) for matrix in matrices), (v_tile, state_tile.T)
+            for x in (
+                gpu_tile.weigh(spec, products),
+                gpu_tile.weigh_gradient(spec, products, d_weights),
             )
-            d_products += along(hopper.load_vector(sums_tile, 1), d_products.shape, 1)
-            features = k_tile
-            if matrices:
-                hopper.stage((functools.reduce(jnp.multiply, entries), first))
-                features = first
-            of_keys = gpu_tile.pulled(entries, d_products, matrices, second)
-            k_total += gpu_tile.rows_kept(of_keys, to_state)
-            v_total += gpu_tile.rows_kept(hopper.product(features, state_tile), to_state)
-            return k_total, v_total
+        )
+        # Both leave the registers before a product needs them.
+        hopper.stage((weights, first), (d_products, second))
+        v_total += hopper.product(first, u_tile)
+        k_total += hopper.product(second, q_tile)
+        return k_total, v_total
 
-        def meet_queries(i, pieces, carry):
-            k_total, v_total = carry
-            q_tile, u_tile, d_totals, *query_run = pieces
-            products, d_weights = hopper.products((k_tile, q_tile.T), (v_tile, u_tile.T))
-            d_weights += along(hopper.load_vector(d_totals, 1), d_weights.shape, 1)
-            weights, d_products = (
-                gpu_tile.where_allowed(
-                    x,
-                    (block.own + i) * COLUMNS,
-                    own.start,
-                    (hopper.load_vector(query_run[0], 1), key_run) if query_run else None,
-                    queries_axis=1,
-                )
-                for x in (
-                    gpu_tile.weigh(spec, products),
-                    gpu_tile.weigh_gradient(spec, products, d_weights),
-                )
-            )
-            # Both leave the registers before a product needs them.
-            hopper.stage((weights, first), (d_products, second))
-            v_total += hopper.product(first, u_tile)
-            k_total += hopper.product(second, q_tile)
-            return k_total, v_total
-
-        carry = hopper.zeros(ROWS, k.shape[3]), hopper.zeros(ROWS, v.shape[3])
-        carry = state_ring.fold(state_tiles, meet_state, carry)
-        k_total, v_total = ring.fold(num_tiles, meet_queries, carry)
-        hopper.write_tile(k_total, k_tile, dk.at[block.batch, own, block.head])
-        hopper.write_tile(v_total, v_tile, dv.at[block.batch, own, block.head])
-
-    def copy():
-        def pieces_of_state(tile):
-            return gpu_tile.state_pieces(spec, state, sums, selectors, block, tile)
-
-        def pieces(i):
-            columns = pl.ds((block.own + i) * COLUMNS, COLUMNS)
-            yield q.at[block.batch, columns, block.head]
-            yield u.at[block.batch, columns, block.head]
-            yield d_total.at[block.batch, block.head, columns]
-            if rows is not None:
-                yield rows.at[block.batch, AS_QUERY, columns]
-
-        state_ring.fill(state_tiles, pieces_of_state)
-        ring.fill(num_tiles, pieces)
-
-    hopper.run_roles(compute, copy)
+    carry = hopper.zeros(ROWS, k.shape[3]), hopper.zeros(ROWS, v.shape[3])
+    carry = states.fold(meet_state, carry)
+    k_total, v_total = tiles.fold(meet_queries, carry)
+    hopper.write_tile(k_total, k_tile, dk.at[block.batch, own, block.head])
+    hopper.write_tile(v_total, v_tile, dv.at[block.batch, own, block.head])

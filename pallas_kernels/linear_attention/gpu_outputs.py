@@ -7,6 +7,7 @@ with w_ts from the product of query and key alone, so that features are expanded
 
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -57,72 +58,69 @@ def _kernel(spec: Spec, has_rows: bool, q, k, v, state, sums, selectors, *rest):
     block = gpu_tile.Block.here(spec)
     past_tiles = spec.tiles_of_past(block.group)
     num_tiles = block.own + gpu_tile.BLOCK // COLUMNS - block.first
+    warpgroup = jax.lax.axis_index("warpgroup")
 
-    def compute(warpgroup):
-        own = block.rows(warpgroup)
-        q_tile, weight_tile = q_tiles.at[warpgroup], weight_tiles.at[warpgroup]
-        plgpu.copy_gmem_to_smem(q.at[block.batch, own, block.head], q_tile, q_filled.at[warpgroup])
-        query_run = from_past = None
+    def pieces_of_past(tile):
+        return gpu_tile.state_pieces(spec, state, sums, selectors, block, tile)
+
+    def pieces(i):
+        columns = pl.ds((block.first + i) * COLUMNS, COLUMNS)
+        yield k.at[block.batch, columns, block.head]
+        yield v.at[block.batch, columns, block.head]
         if has_rows:
-            query_run, from_past = (
-                gpu_tile.load_token_row(rows, which, block, warpgroup)
-                for which in (AS_QUERY, FROM_PAST)
-            )
-        plgpu.barrier_wait(q_filled.at[warpgroup])
+            yield rows.at[block.batch, AS_KEY, columns]
 
-        def meet_past(_, pieces, carry):
-            numerator, total = carry
-            state_tile, sums_tile, *matrices = pieces
-            if matrices:
-                features = functools.reduce(jnp.multiply, gpu_tile.picked(q_tile, matrices))
-            else:
-                features = plgpu.load(q_tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-            sums_of_tile = along(hopper.load_vector(sums_tile, 1), features.shape, 1)
-            of_past = (features * sums_of_tile).sum(axis=1)
-            total += of_past if from_past is None else of_past * from_past
-            # What is read into registers is read before this, so that the next copy comes after it.
-            if matrices:
-                hopper.stage((features, weight_tile))
-            staged_features = weight_tile if matrices else q_tile
-            of_past = hopper.product(staged_features, state_tile)
-            return numerator + gpu_tile.rows_kept(of_past, from_past), total
+    past = past_ring.start(past_tiles, pieces_of_past)
+    tiles = ring.start(num_tiles, pieces)
 
-        def meet_keys(i, pieces, carry):
-            numerator, total = carry
-            k_tile, v_tile, *key_run = pieces
-            weights = gpu_tile.weigh(spec, hopper.product(q_tile, k_tile.T))
-            weights = gpu_tile.where_allowed(
-                weights,
-                own.start,
-                (block.first + i) * COLUMNS,
-                (query_run, hopper.load_vector(key_run[0], 1)) if has_rows else None,
-                queries_axis=0,
-            )
-            hopper.stage((weights, weight_tile))
-            total += weights.sum(axis=1)
-            return numerator + hopper.product(weight_tile, v_tile), total
+    own = block.rows(warpgroup)
+    q_tile, weight_tile = q_tiles.at[warpgroup], weight_tiles.at[warpgroup]
+    plgpu.copy_gmem_to_smem(q.at[block.batch, own, block.head], q_tile, q_filled.at[warpgroup])
+    query_run = from_past = None
+    if has_rows:
+        query_run, from_past = (
+            gpu_tile.load_token_row(rows, which, block, warpgroup)
+            for which in (AS_QUERY, FROM_PAST)
+        )
+    plgpu.barrier_wait(q_filled.at[warpgroup])
 
-        carry = hopper.zeros(ROWS, v.shape[3]), hopper.zeros(ROWS)
-        carry = past_ring.fold(past_tiles, meet_past, carry)
-        numerator, total = ring.fold(num_tiles, meet_keys, carry)
-        total += spec.eps
-        total_out[block.batch, block.head, own] = total
-        if spec.normalize:
-            numerator /= along(total, numerator.shape, 0)
-        hopper.write_tile(numerator, staged.at[warpgroup], out.at[block.batch, own, block.head])
+    def meet_past(_, pieces, carry):
+        numerator, total = carry
+        state_tile, sums_tile, *matrices = pieces
+        if matrices:
+            features = functools.reduce(jnp.multiply, gpu_tile.picked(q_tile, matrices))
+        else:
+            features = plgpu.load(q_tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        sums_of_tile = along(hopper.load_vector(sums_tile, 1), features.shape, 1)
+        of_past = (features * sums_of_tile).sum(axis=1)
+        total += of_past if from_past is None else of_past * from_past
+        # What is read into registers is read before this, so that the next copy comes after it.
+        if matrices:
+            hopper.stage((features, weight_tile))
+        staged_features = weight_tile if matrices else q_tile
+        of_past = hopper.product(staged_features, state_tile)
+        return numerator + gpu_tile.rows_kept(of_past, from_past), total
 
-    def copy():
-        def pieces_of_past(tile):
-            return gpu_tile.state_pieces(spec, state, sums, selectors, block, tile)
+    def meet_keys(i, pieces, carry):
+        numerator, total = carry
+        k_tile, v_tile, *key_run = pieces
+        weights = gpu_tile.weigh(spec, hopper.product(q_tile, k_tile.T))
+        weights = gpu_tile.where_allowed(
+            weights,
+            own.start,
+            (block.first + i) * COLUMNS,
+            (query_run, hopper.load_vector(key_run[0], 1)) if has_rows else None,
+            queries_axis=0,
+        )
+        hopper.stage((weights, weight_tile))
+        total += weights.sum(axis=1)
+        return numerator + hopper.product(weight_tile, v_tile), total
 
-        def pieces(i):
-            columns = pl.ds((block.first + i) * COLUMNS, COLUMNS)
-            yield k.at[block.batch, columns, block.head]
-            yield v.at[block.batch, columns, block.head]
-            if has_rows:
-                yield rows.at[block.batch, AS_KEY, columns]
-
-        past_ring.fill(past_tiles, pieces_of_past)
-        ring.fill(num_tiles, pieces)
-
-    hopper.run_roles(compute, copy)
+    carry = hopper.zeros(ROWS, v.shape[3]), hopper.zeros(ROWS)
+    carry = past.fold(meet_past, carry)
+    numerator, total = tiles.fold(meet_keys, carry)
+    total += spec.eps
+    total_out[block.batch, block.head, own] = total
+    if spec.normalize:
+        numerator /= along(total, numerator.shape, 0)
+    hopper.write_tile(numerator, staged.at[warpgroup], out.at[block.batch, own, block.head])

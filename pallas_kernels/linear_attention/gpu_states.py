@@ -125,64 +125,59 @@ def _kernel(spec: Spec, structure, reverse: bool, *references):
     def tile_at(i):
         return num_tiles - 1 - i if reverse else i
 
-    def compute(warpgroup):
-        rows = pl.ds((pair * WARPGROUPS + warpgroup) * FEATURES, FEATURES)
-        selectors, filled = matrices.at[warpgroup], matrices_filled.at[warpgroup]
-        for i in range(selectors.shape[0]):
-            plgpu.copy_gmem_to_smem(refs["selectors"].at[i, :, rows], selectors.at[i], filled)
-        scales = hopper.load_vector(refs["scales"].at[rows], 0)
-        carry = _begin(refs["initial"], batch, head, rows, refs["y"].shape[3])
-        plgpu.barrier_wait(filled)
+    warpgroup = jax.lax.axis_index("warpgroup")
+    mask = FROM_PAST if reverse else TO_STATE
 
-        def emit(group, kv, sums):
-            out_sums[batch, group, head, rows] = sums * scales
-            scaled = kv * along(scales, kv.shape, 0)
-            hopper.write_tile(scaled, staged.at[warpgroup], out_kv.at[batch, group, head, rows])
+    def pieces(i):
+        columns = pl.ds(tile_at(i) * COLUMNS, COLUMNS)
+        yield refs["x"].at[batch, columns, head]
+        yield refs["y"].at[batch, columns, head]
+        if refs["weights"] is not None:
+            yield refs["weights"].at[batch, head, columns]
+        if refs["rows"] is not None:
+            yield refs["rows"].at[batch, mask, columns]
 
-        def accumulate(i, pieces, carry):
-            x, y, *vectors = pieces
-            kv, sums = carry
-            group = jax.lax.div(tile_at(i), group_tiles)
+    tiles = ring.start(num_tiles, pieces)
 
-            @pl.when(jax.lax.rem(i, group_tiles) == 0)
-            def _():
-                emit(group, kv, sums)
+    rows = pl.ds((pair * WARPGROUPS + warpgroup) * FEATURES, FEATURES)
+    selectors, filled = matrices.at[warpgroup], matrices_filled.at[warpgroup]
+    for i in range(selectors.shape[0]):
+        plgpu.copy_gmem_to_smem(refs["selectors"].at[i, :, rows], selectors.at[i], filled)
+    scales = hopper.load_vector(refs["scales"].at[rows], 0)
+    carry = _begin(refs["initial"], batch, head, rows, refs["y"].shape[3])
+    plgpu.barrier_wait(filled)
 
-            tile = feature_tiles.at[warpgroup]
-            entries = hopper.products(
-                *((selectors.at[j].T, x.T) for j in range(selectors.shape[0]))
-            )
-            products = functools.reduce(jnp.multiply, entries)
-            if refs["rows"] is not None:
-                products *= along(hopper.load_vector(vectors.pop(), 1), products.shape, 1)
-                kept = jnp.where(jax.lax.rem(i, group_tiles) == 0, refs["keeps"][batch, group], 1)
-                kv, sums = kv * kept, sums * kept
-            weighted = products
-            if vectors:
-                weighted *= along(hopper.load_vector(vectors[0], 1), products.shape, 1)
-            # What is read into registers is read before this, so that the next copy comes after it.
-            hopper.stage((products, tile))
-            return kv + hopper.product(tile, y), sums + weighted.sum(axis=1)
+    def emit(group, kv, sums):
+        out_sums[batch, group, head, rows] = sums * scales
+        scaled = kv * along(scales, kv.shape, 0)
+        hopper.write_tile(scaled, staged.at[warpgroup], out_kv.at[batch, group, head, rows])
 
-        kv, sums = ring.fold(num_tiles, accumulate, carry)
-        last_sums[batch, head, rows] = sums
-        last_kv[batch, head, rows] = kv
+    def accumulate(i, pieces, carry):
+        x, y, *vectors = pieces
+        kv, sums = carry
+        group = jax.lax.div(tile_at(i), group_tiles)
 
-    def copy():
-        mask = FROM_PAST if reverse else TO_STATE
+        @pl.when(jax.lax.rem(i, group_tiles) == 0)
+        def _():
+            emit(group, kv, sums)
 
-        def pieces(i):
-            columns = pl.ds(tile_at(i) * COLUMNS, COLUMNS)
-            yield refs["x"].at[batch, columns, head]
-            yield refs["y"].at[batch, columns, head]
-            if refs["weights"] is not None:
-                yield refs["weights"].at[batch, head, columns]
-            if refs["rows"] is not None:
-                yield refs["rows"].at[batch, mask, columns]
+        tile = feature_tiles.at[warpgroup]
+        entries = hopper.products(*((selectors.at[j].T, x.T) for j in range(selectors.shape[0])))
+        products = functools.reduce(jnp.multiply, entries)
+        if refs["rows"] is not None:
+            products *= along(hopper.load_vector(vectors.pop(), 1), products.shape, 1)
+            kept = jnp.where(jax.lax.rem(i, group_tiles) == 0, refs["keeps"][batch, group], 1)
+            kv, sums = kv * kept, sums * kept
+        weighted = products
+        if vectors:
+            weighted *= along(hopper.load_vector(vectors[0], 1), products.shape, 1)
+        # What is read into registers is read before this, so that the next copy comes after it.
+        hopper.stage((products, tile))
+        return kv + hopper.product(tile, y), sums + weighted.sum(axis=1)
 
-        ring.fill(num_tiles, pieces)
-
-    hopper.run_roles(compute, copy)
+    kv, sums = tiles.fold(accumulate, carry)
+    last_sums[batch, head, rows] = sums
+    last_kv[batch, head, rows] = kv
 
 
 def _begin(initial: State | None, batch, head, rows, values: int):

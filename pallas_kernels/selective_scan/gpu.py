@@ -112,41 +112,39 @@ def _kernel(spec: Spec, inputs: Inputs, initial, y, last, *rest):
     batch, block = (jax.lax.axis_index(name) for name in gpu_chunks.AXES)
     streams = gpu_chunks.streams(inputs)
     num_chunks = inputs.u.shape[1] // spec.chunk
+    warpgroup = jax.lax.axis_index("warpgroup")
+    chunks = ring.start(
+        num_chunks, lambda i: gpu_chunks.chunk_in_hbm(spec, streams, batch, block, i)
+    )
 
-    def compute(warpgroup):
-        warps = gpu_chunks.warps_of(block, warpgroup)
-        base2_A = load(inputs.A.at[warps], STATES) * LOG2_E
-        skip = None if inputs.D is None else load(inputs.D.at[warps], TOKENS.reduce(0))
-        own_reads = reads.at[warpgroup]
+    warps = gpu_chunks.warps_of(block, warpgroup)
+    base2_A = load(inputs.A.at[warps], STATES) * LOG2_E
+    skip = None if inputs.D is None else load(inputs.D.at[warps], TOKENS.reduce(0))
+    own_reads = reads.at[warpgroup]
 
-        def advance(i, pieces, h):
-            chunk = Chunk(**dict(zip(streams, pieces, strict=True))).of_warpgroup(warpgroup)
-            if pasts:
-                store(pasts[0].at[batch, i, warps], h)
+    def advance(i, pieces, h):
+        chunk = Chunk(**dict(zip(streams, pieces, strict=True))).of_warpgroup(warpgroup)
+        if pasts:
+            store(pasts[0].at[batch, i, warps], h)
 
-            def tokens(ts, h):
-                for t, token in [(t, Token.load(chunk, t)) for t in ts]:
-                    h = token.advance(h, base2_A)
-                    store(own_reads.at[t], token.read(h))
-                return h
-
-            h = gpu_tile.for_tokens(spec.chunk, tokens, h)
-            # From warps that have channels to warps that have tokens; none writes again before all have read.
-            plgpu.commit_smem()
-            out = load(own_reads, TOKENS)
-            if skip is not None:
-                out += gpu_tile.over_time(skip, out.shape) * load(chunk.u, TOKENS)
-            if chunk.z is not None:
-                gate = load(chunk.z, TOKENS)
-                out *= gate * gpu_tile.sigmoid(gate)
-            store(y.at[batch, pl.ds(i * spec.chunk, spec.chunk), warps], out)
-            plgpu.commit_smem()
+        def tokens(ts, h):
+            for t, token in [(t, Token.load(chunk, t)) for t in ts]:
+                h = token.advance(h, base2_A)
+                store(own_reads.at[t], token.read(h))
             return h
 
-        h = gpu_tile.load_states(initial.at[batch, warps])
-        store(last.at[batch, warps], ring.fold(num_chunks, advance, h))
+        h = gpu_tile.for_tokens(spec.chunk, tokens, h)
+        # From warps that have channels to warps that have tokens; none writes again before all have read.
+        plgpu.commit_smem()
+        out = load(own_reads, TOKENS)
+        if skip is not None:
+            out += gpu_tile.over_time(skip, out.shape) * load(chunk.u, TOKENS)
+        if chunk.z is not None:
+            gate = load(chunk.z, TOKENS)
+            out *= gate * gpu_tile.sigmoid(gate)
+        store(y.at[batch, pl.ds(i * spec.chunk, spec.chunk), warps], out)
+        plgpu.commit_smem()
+        return h
 
-    def copy():
-        ring.fill(num_chunks, lambda i: gpu_chunks.chunk_in_hbm(spec, streams, batch, block, i))
-
-    hopper.run_roles(compute, copy)
+    h = gpu_tile.load_states(initial.at[batch, warps])
+    store(last.at[batch, warps], chunks.fold(advance, h))

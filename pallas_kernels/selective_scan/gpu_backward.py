@@ -112,50 +112,46 @@ def _kernel(spec: Spec, names, inputs: Inputs, pasts, d_y, d_last, *rest):
     batch, block = (jax.lax.axis_index(name) for name in gpu_chunks.AXES)
     streams = gpu_chunks.streams(inputs, past=pasts, d_y=d_y)
     num_chunks = inputs.u.shape[1] // spec.chunk
+    warpgroup = jax.lax.axis_index("warpgroup")
+    chunks = ring.start(
+        num_chunks,
+        lambda i: gpu_chunks.chunk_in_hbm(spec, streams, batch, block, num_chunks - 1 - i),
+    )
 
-    def compute(warpgroup):
-        warps = gpu_chunks.warps_of(block, warpgroup)
-        own = _Scratch(*(x.at[warpgroup] for x in scratch))
-        base2_A = load(inputs.A.at[warps], STATES) * LOG2_E
-        skip = None if inputs.D is None else inputs.D.at[warps]
+    warps = gpu_chunks.warps_of(block, warpgroup)
+    own = _Scratch(*(x.at[warpgroup] for x in scratch))
+    base2_A = load(inputs.A.at[warps], STATES) * LOG2_E
+    skip = None if inputs.D is None else inputs.D.at[warps]
 
-        def retreat(i, pieces, carry):
-            index = num_chunks - 1 - i
-            tokens = pl.ds(index * spec.chunk, spec.chunk)
-            chunk = Chunk(**dict(zip(streams, pieces, strict=True))).of_warpgroup(warpgroup)
-            h = _walk_forward(spec, chunk, base2_A, own)
-            d_z = _through_gate(chunk, skip, own)
-            # Warps that have tokens and warps that have channels meet at each commit.
-            plgpu.commit_smem()
-            _, *carry = _walk_back(spec, chunk, base2_A, skip, own, (h, *carry))
-            plgpu.commit_smem()
-            store(d["u"].at[batch, tokens, warps], load(own.reads, TOKENS))
-            store(d["delta"].at[batch, tokens, warps], load(own.steps, TOKENS))
-            if d_z is not None:
-                store(d["z"].at[batch, tokens, warps], d_z)
-            for name, of_warps in (("B", own.columns.at[0]), ("C", own.columns.at[1])):
-                place = d[name].at[batch, block * WARPGROUPS + warpgroup, tokens]
-                layout = plgpu.Layout.WG_STRIDED(place.shape, vec_size=1)
-                store(place, sum(load(of_warps.at[warp], layout) for warp in range(WARPS)))
-            plgpu.commit_smem()
-            return carry
+    def retreat(i, pieces, carry):
+        index = num_chunks - 1 - i
+        tokens = pl.ds(index * spec.chunk, spec.chunk)
+        chunk = Chunk(**dict(zip(streams, pieces, strict=True))).of_warpgroup(warpgroup)
+        h = _walk_forward(spec, chunk, base2_A, own)
+        d_z = _through_gate(chunk, skip, own)
+        # Warps that have tokens and warps that have channels meet at each commit.
+        plgpu.commit_smem()
+        _, *carry = _walk_back(spec, chunk, base2_A, skip, own, (h, *carry))
+        plgpu.commit_smem()
+        store(d["u"].at[batch, tokens, warps], load(own.reads, TOKENS))
+        store(d["delta"].at[batch, tokens, warps], load(own.steps, TOKENS))
+        if d_z is not None:
+            store(d["z"].at[batch, tokens, warps], d_z)
+        for name, of_warps in (("B", own.columns.at[0]), ("C", own.columns.at[1])):
+            place = d[name].at[batch, block * WARPGROUPS + warpgroup, tokens]
+            layout = plgpu.Layout.WG_STRIDED(place.shape, vec_size=1)
+            store(place, sum(load(of_warps.at[warp], layout) for warp in range(WARPS)))
+        plgpu.commit_smem()
+        return carry
 
-        adjoint = gpu_tile.load_states(d_last.at[batch, warps])
-        to_D = None if skip is None else plgpu.layout_cast(jnp.zeros(skip.shape), ALONG_CHANNELS)
-        start = [adjoint, jnp.zeros_like(adjoint), to_D]
-        adjoint, to_A, to_D = ring.fold(num_chunks, retreat, start)
-        store(d["state"].at[batch, warps], adjoint)
-        store(d["A"].at[batch, warps], to_A)
-        if to_D is not None:
-            store(d["D"].at[batch, warps], to_D)
-
-    def copy():
-        ring.fill(
-            num_chunks,
-            lambda i: gpu_chunks.chunk_in_hbm(spec, streams, batch, block, num_chunks - 1 - i),
-        )
-
-    hopper.run_roles(compute, copy)
+    adjoint = gpu_tile.load_states(d_last.at[batch, warps])
+    to_D = None if skip is None else plgpu.layout_cast(jnp.zeros(skip.shape), ALONG_CHANNELS)
+    start = [adjoint, jnp.zeros_like(adjoint), to_D]
+    adjoint, to_A, to_D = chunks.fold(retreat, start)
+    store(d["state"].at[batch, warps], adjoint)
+    store(d["A"].at[batch, warps], to_A)
+    if to_D is not None:
+        store(d["D"].at[batch, warps], to_D)
 
 
 def _walk_forward(spec: Spec, chunk: Chunk, base2_A, own: _Scratch):

@@ -104,7 +104,7 @@ def call(kernel, arguments, *, out, interpret, name: str):
         grid={"rows": -(-num_rows // WARPS)},
         interpret=interpret,
         name=name,
-        has_roles=False,
+        has_warpgroups=False,
         has_barriers=False,  # There is no shared memory to be ordered.
     )
 

@@ -30,7 +30,7 @@ class Work(NamedTuple):
         b: B [CHUNK, STATES] in shared memory.
         c: C, likewise.
         bound: int32, for each row the bound that `gpu_chunk.decay` takes, or None.
-        ring: of the pieces of each tile.
+        tiles: of channels.
     """
 
     warpgroup: jax.Array
@@ -41,7 +41,7 @@ class Work(NamedTuple):
     b: Any
     c: Any
     bound: jax.Array | None
-    ring: hopper.Ring
+    tiles: hopper.Tiles
 
     @property
     def rows(self):
@@ -56,9 +56,7 @@ class Work(NamedTuple):
     def fold(self, function, carry):
         """`carry = function(tile, pieces, carry)` for every tile of channels."""
         first = self.block * self.share
-        return self.ring.fold(
-            self.share, lambda i, pieces, carry: function(first + i, pieces, carry), carry
-        )
+        return self.tiles.fold(lambda i, pieces, carry: function(first + i, pieces, carry), carry)
 
 
 def tiles_per_block(x, B) -> int:
@@ -76,7 +74,7 @@ def tiles_per_block(x, B) -> int:
 
 
 def call(kernel: Callable, per_tile, B, C, scales, states, bounds, *, out, own, interpret, name):
-    """Runs `kernel(work, outputs, own)` on every warpgroup that computes.
+    """Runs `kernel(work, outputs, own)` on every warpgroup.
 
     Args:
         kernel: gets a `Work`, references to the outputs, and its own shared memory.
@@ -125,32 +123,30 @@ def call(kernel: Callable, per_tile, B, C, scales, states, bounds, *, out, own, 
 def _run(kernel, share: int, inputs, outputs, b, c, filled, own, ring) -> None:
     per_tile, B, C, scales, states, bounds = inputs
     batch, chunk, block = (jax.lax.axis_index(name) for name in ("batch", "chunk", "block"))
-    tiles = per_tile[0].shape[2]
+    num_tiles = per_tile[0].shape[2]
+    warpgroup = jax.lax.axis_index("warpgroup")
+    tokens = pl.ds(chunk * CHUNK, CHUNK)
+    group = jax.lax.div(block * share, num_tiles // B.shape[2])
 
-    def compute(warpgroup):
-        tokens = _own_tokens(chunk, warpgroup)
-        bound = hopper.load_vector(bounds[0].at[batch, tokens], 0) if bounds else None
-        plgpu.barrier_wait(filled)
-        work = Work(warpgroup, batch, chunk, block, share, b, c, bound, ring)
-        kernel(work, outputs, [ref.at[warpgroup] for ref in own])
-
-    def copy():
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
-        group = jax.lax.div(block * share, tiles // B.shape[2])
+    @pl.when(warpgroup == 0)
+    def _():
         plgpu.copy_gmem_to_smem(B.at[batch, tokens, group], b, filled)
         plgpu.copy_gmem_to_smem(C.at[batch, tokens, group], c, filled)
 
-        def pieces(i):
-            tile = block * share + i
-            for array in per_tile:
-                yield array.at[batch, tokens, tile]
-            yield scales.at[batch, jax.lax.div(tile, tiles // scales.shape[1]), :, tokens]
-            for array in states:
-                yield array.at[batch, chunk, tile]
+    def pieces(i):
+        tile = block * share + i
+        for array in per_tile:
+            yield array.at[batch, tokens, tile]
+        yield scales.at[batch, jax.lax.div(tile, num_tiles // scales.shape[1]), :, tokens]
+        for array in states:
+            yield array.at[batch, chunk, tile]
 
-        ring.fill(share, pieces)
-
-    hopper.run_roles(compute, copy)
+    tiles = ring.start(share, pieces)
+    own_tokens = _own_tokens(chunk, warpgroup)
+    bound = hopper.load_vector(bounds[0].at[batch, own_tokens], 0) if bounds else None
+    plgpu.barrier_wait(filled)
+    work = Work(warpgroup, batch, chunk, block, share, b, c, bound, tiles)
+    kernel(work, outputs, [ref.at[warpgroup] for ref in own])
 
 
 def _own_tokens(chunk, warpgroup):

@@ -76,33 +76,31 @@ def _kernel(reverse: bool, x, B, scales, first, found, last, scaled_tiles, found
     def chunk(i):
         return num_chunks - 1 - i if reverse else i
 
-    def compute(warpgroup):
-        columns = half(warpgroup)
-        scaled_tile, found_tile = scaled_tiles.at[warpgroup], found_tiles.at[warpgroup]
+    warpgroup = jax.lax.axis_index("warpgroup")
 
-        def accumulate(i, pieces, state):
-            x_tile, b_tile, rows = pieces
-            b = load_tile(b_tile.at[:, columns])
-            scale, kept = hopper.load_vector(rows.at[0], 0), load_scale(rows, 1, 0, 0)
-            # The state of the chunk before has left the shared memory.
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            hopper.stage((state, found_tile), (b * along(scale, b.shape, 0), scaled_tile))
-            plgpu.copy_smem_to_gmem(found_tile, found.at[batch, chunk(i), tile, :, columns])
-            return state * along(kept, state.shape, 0) + hopper.product(x_tile.T, scaled_tile)
+    def pieces(i):
+        tokens = pl.ds(chunk(i) * CHUNK, CHUNK)
+        yield x.at[batch, tokens, tile]
+        yield B.at[batch, tokens, group]
+        yield scales.at[batch, head, :, tokens]
 
-        # Under `jax.shard_map` what comes from HBM varies over the mesh for JAX, and what comes from shared memory does
-        # not, nor does a sum of the two: the state begins as it goes on.
-        state = hopper.zeros(CHANNELS, HALF) + load_tile(first.at[batch, tile, :, columns])
-        last[batch, tile, :, columns] = ring.fold(num_chunks, accumulate, state)
-        plgpu.wait_smem_to_gmem(0)
+    chunks = ring.start(num_chunks, pieces)
 
-    def copy():
-        def pieces(i):
-            tokens = pl.ds(chunk(i) * CHUNK, CHUNK)
-            yield x.at[batch, tokens, tile]
-            yield B.at[batch, tokens, group]
-            yield scales.at[batch, head, :, tokens]
+    columns = half(warpgroup)
+    scaled_tile, found_tile = scaled_tiles.at[warpgroup], found_tiles.at[warpgroup]
 
-        ring.fill(num_chunks, pieces)
+    def accumulate(i, pieces, state):
+        x_tile, b_tile, rows = pieces
+        b = load_tile(b_tile.at[:, columns])
+        scale, kept = hopper.load_vector(rows.at[0], 0), load_scale(rows, 1, 0, 0)
+        # The state of the chunk before has left the shared memory.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        hopper.stage((state, found_tile), (b * along(scale, b.shape, 0), scaled_tile))
+        plgpu.copy_smem_to_gmem(found_tile, found.at[batch, chunk(i), tile, :, columns])
+        return state * along(kept, state.shape, 0) + hopper.product(x_tile.T, scaled_tile)
 
-    hopper.run_roles(compute, copy)
+    # Under `jax.shard_map` what comes from HBM varies over the mesh for JAX, and what comes from shared memory does
+    # not, nor does a sum of the two: the state begins as it goes on.
+    state = hopper.zeros(CHANNELS, HALF) + load_tile(first.at[batch, tile, :, columns])
+    last[batch, tile, :, columns] = chunks.fold(accumulate, state)
+    plgpu.wait_smem_to_gmem(0)
