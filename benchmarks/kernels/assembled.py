@@ -1,0 +1,189 @@
+"""What NVIDIA's assembler says of the GPU kernels, without a GPU: `python -m benchmarks.kernels.assembled`.
+
+Each program is compiled for an H100, down to machine code, and Mosaic GPU keeps what the assembler says meanwhile:
+registers of a thread, bytes that it spills because there are too few, and what it warns of, such as products that wait
+for each other. That needs `jax[cuda13]`, and no GPU. Forward and backward share kernels with the forward alone, which
+are assembled once, for the first who needs them.
+"""
+
+import contextlib
+import functools
+import importlib.metadata
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from benchmarks.kernels.case import Case, flat, out_shape, program, shapes, side_by_side
+from benchmarks.kernels.cases import CASES
+from benchmarks.kernels.suite import check_names
+from pallas_kernels import topology
+
+_OP = flags.DEFINE_list("op", list(CASES), "Ops to compile.")
+_OUT = flags.DEFINE_string("out", "benchmarks/results/kernels", "Folder of the JSON.")
+_PUBLISH = flags.DEFINE_bool("publish", False, "Also write docs/GPU_KERNELS.md.")
+
+_CHIP = "h100"
+# What the figures depend on; it is nvJitLink that assembles where there is one.
+_PACKAGES = ("jax", "nvidia-nvjitlink", "nvidia-nvjitlink-cu12", "nvidia-cuda-nvcc")
+_REGISTERS = re.compile(r"Used (\d+) registers")
+_SPILLED = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_SHARED = re.compile(r"smem_scratch_bytes=(\d+)")
+_WARNING = re.compile(r"Potential Performance Loss: (.*)")
+# Of a kernel's dumps: `NAME_3.ptxas` and `NAME_5.resources.txt`, as each is written when its turn comes.
+_DUMP = re.compile(r"(\w+)_\d+\.(ptxas|resources\.txt)")
+
+_PAGE = """\
+# GPU kernels as they are assembled
+
+Made by `python -m benchmarks.kernels.assembled --publish`: the kernels of Mosaic GPU in bfloat16, compiled for an H100
+on a host without a GPU, and what NVIDIA's assembler says of them. **None of them has been timed on a GPU.** Spilled are
+bytes of a thread that it stores and loads because it has too few registers, anywhere in the kernel; a warning is what
+the assembler calls a potential loss of performance, such as products that wait for each other. The kernels of a forward
+are listed with the forward alone.
+
+| op | shape | pass | kernel | registers | spilled, bytes | shared memory, KiB | warnings |
+|---|---|---|---|--:|--:|--:|---|
+{lines}
+{versions}
+"""
+
+
+def read(report: str, resources: str) -> dict[str, Any]:
+    """The figures of a kernel.
+
+    Args:
+        report: what the assembler said.
+        resources: what Mosaic GPU said of the kernel's shared memory.
+    """
+    spilled, shared = _SPILLED.search(report), _SHARED.search(resources)
+    return {
+        "registers": int(_REGISTERS.search(report)[1]),
+        "spilled_bytes": [int(number) for number in spilled.groups()],
+        "shared_bytes": int(shared[1]) if shared else 0,
+        "warnings": sorted(set(_WARNING.findall(report))),
+    }
+
+
+def run(ops: Sequence[str]) -> dict[str, Any]:
+    """Compiles the GPU kernels of every case of the ops.
+
+    Returns:
+        What JSON can hold: versions, and a row for each kernel of each case and pass.
+
+    Raises:
+        ValueError: an op is unknown, or JAX's CUDA plugin is missing.
+    """
+    check_names(ops, ())
+    with _dumps() as folder:
+        rows = [
+            {"op": op, "shape": case.shape, "pass": measured, **kernel}
+            for op in ops
+            for case in CASES[op](False)
+            for measured in case.work
+            for kernel in _kernels(case, measured, folder)
+        ]
+    found = {package.name for package in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in _PACKAGES if name in found}
+    return {"chip": _CHIP, "versions": versions, "rows": rows}
+
+
+@contextlib.contextmanager
+def _dumps() -> Iterator[Path]:
+    """The folder to which the assembler's words on what is compiled in the context go."""
+    # A program from the cache is not assembled again.
+    is_caching = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    with tempfile.TemporaryDirectory() as folder:
+        variables = {"MOSAIC_GPU_DUMP_TO": folder, "MOSAIC_GPU_DUMP_PTXAS": "1"}
+        os.environ |= variables
+        try:
+            yield Path(folder)
+        finally:
+            for name in variables:
+                del os.environ[name]
+            jax.config.update("jax_enable_compilation_cache", is_caching)
+
+
+def _kernels(case: Case, measured: str, dump: Path) -> list[dict[str, Any]]:
+    own = [contender for contender in case.contenders if contender.name == "gpu"]
+    inputs = shapes(case, jnp.bfloat16)
+    for contender in own:
+        with jax.set_mesh(topology.mesh(_CHIP)):
+            d_out = jax.eval_shape(side_by_side, out_shape(contender, inputs))
+        flat_inputs = jax.eval_shape(functools.partial(flat, case), inputs)
+        topology.compile_for(_CHIP, program(case, contender, measured), flat_inputs, d_out)
+    said: dict[str, dict[str, str]] = {"ptxas": {}, "resources.txt": {}}
+    for path in sorted(dump.iterdir()):
+        if name := _DUMP.fullmatch(path.name):
+            said[name[2]][name[1]] = path.read_text()
+        path.unlink()
+    return [
+        {"kernel": name} | read(report, said["resources.txt"][name])
+        for name, report in said["ptxas"].items()
+    ]
+
+
+def document(report: dict[str, Any]) -> str:
+    """The page of what `run` returns."""
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    named = [
+        [row[key] for key in ("op", "shape", "pass", "kernel")] + _figures(row)
+        for row in report["rows"]
+    ]
+    lines = "".join(f"| {' | '.join(cells)} |\n" for cells in named)
+    return _PAGE.format(lines=lines, versions=versions)
+
+
+def _figures(row: dict[str, Any]) -> list[str]:
+    stored, loaded = row["spilled_bytes"]
+    return [
+        str(row["registers"]),
+        f"{stored} + {loaded}" if stored or loaded else "0",
+        f"{row['shared_bytes'] / 2**10:.0f}",
+        "; ".join(row["warnings"]),
+    ]
+
+
+def main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments: {argv[1:]}")
+    try:
+        report = run(_OP.value)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    out = Path(_OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "assembled.json").write_text(json.dumps(report, indent=2) + "\n")
+    if _PUBLISH.value:
+        Path("docs/GPU_KERNELS.md").write_text(document(report))
+    Console().print(_table(report["rows"]))
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Table:
+    table = Table(title=f"Kernels as assembled for {_CHIP}, bfloat16", title_justify="left")
+    table.add_column("program, kernel")
+    for heading in ("registers", "spilled", "shared KiB"):
+        table.add_column(heading, justify="right")
+    table.add_column("warnings")
+    for case, of_case in groupby(rows, key=lambda row: (row["op"], row["shape"], row["pass"])):
+        table.add_section()
+        table.add_row(Text(", ".join(case), style="bold"))
+        for row in of_case:
+            table.add_row(f"  {row['kernel']}", *_figures(row))
+    return table
+
+
+if __name__ == "__main__":
+    app.run(main)
