@@ -66,11 +66,10 @@ def rows_times_matrices(lhs, rhs, group_sizes, *, transposed: bool, interpret):
 
 def _kernel(block: Sizes, num_groups: int, parts: int, transposed: bool, *refs):
     """One part of the sums of a tile: refs of `Visits`, of a block of lhs, rhs and out, and of the sums before."""
-    walk, (lhs, rhs, out, *sums) = Visits(*refs[:5]), refs[5:]
+    walk, (lhs, rhs, out, *sums) = Visits(*refs[:3]), refs[3:]
     visit, part = pl.program_id(1), pl.program_id(2)
     group = walk.group[visit]
     begin, end = walk.rows(visit, block.rows)
-    is_visit = visit < walk.count[0]
 
     def product():
         return dot(lhs[...], rhs[...], ((1,), (1 if transposed else 0,)))
@@ -84,7 +83,7 @@ def _kernel(block: Sizes, num_groups: int, parts: int, transposed: bool, *refs):
         out[...] = jnp.where(own, rows.astype(out.dtype), out[...])
 
     is_last = part == parts - 1
-    has_products = is_visit & (group < num_groups)
+    has_products = group < num_groups
     if sums:
 
         @pl.when(has_products & (part == 0))
@@ -99,6 +98,6 @@ def _kernel(block: Sizes, num_groups: int, parts: int, transposed: bool, *refs):
     def _():
         put(total())
 
-    @pl.when(is_visit & (group == num_groups) & is_last)
+    @pl.when(group == num_groups)
     def _():
         put(jnp.zeros(out.shape, jnp.float32))

@@ -1,6 +1,7 @@
 """The walk of the TPU kernels over tiles of rows: a tile is visited once for each group that has rows in it."""
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -25,26 +26,22 @@ VMEM_LIMIT = 40 * 2**20
 
 
 class Visits(NamedTuple):
-    """In scalar memory. Visits past the last one stay where it was, so that nothing moves.
+    """In scalar memory. Visits past the last one are of a group behind all others, and of the last tile once more.
 
     Attributes:
         group: int32 [visits].
         tile: int32 [visits].
-        starts: int32 [groups], the first row of each group.
-        ends: int32 [groups], the row after its last one.
-        count: int32 [1], of the visits there are.
+        bounds: int32 [groups + 1], the first row of each group, and the one after its last is the next group's first.
     """
 
     group: jax.Array
     tile: jax.Array
-    starts: jax.Array
-    ends: jax.Array
-    count: jax.Array
+    bounds: jax.Array
 
     def rows(self, visit, tile_rows: int):
         """First row of the visit's group and the one after its last, counted from the first of the tile."""
         group, first = self.group[visit], self.tile[visit] * tile_rows
-        return self.starts[group] - first, self.ends[group] - first
+        return self.bounds[group] - first, self.bounds[group + 1] - first
 
 
 def visits(group_sizes, num_rows: int, tile_rows: int, *, every_group: bool) -> Visits:
@@ -56,24 +53,27 @@ def visits(group_sizes, num_rows: int, tile_rows: int, *, every_group: bool) -> 
         tile_rows: rows of a tile.
         every_group: groups without rows are visited too, once. Otherwise the rows past the last group's are group G.
     """
-    ends = jnp.cumsum(group_sizes)
-    starts = ends - group_sizes
-    if not every_group:
-        starts, ends = jnp.append(starts, ends[-1]), jnp.append(ends, num_rows)
-    tiles = num_rows // tile_rows
-    first = jnp.minimum(starts // tile_rows, tiles - 1)
-    counts = jnp.where(ends > starts, (ends - 1) // tile_rows - first + 1, int(every_group))
+    groups, tiles = group_sizes.shape[0] + (not every_group), num_rows // tile_rows
+    # Behind the last bound of the G groups all are M.
+    sizes = jnp.pad(group_sizes, (1, groups - group_sizes.shape[0] + 1), constant_values=num_rows)
+    bounds = jnp.minimum(jnp.cumsum(sizes) - num_rows, num_rows)
+    starts, ends = bounds[:groups], bounds[1 : groups + 1]
+    # Truncated: nothing that counts is negative.
+    tile_of = functools.partial(jax.lax.div, y=jnp.int32(tile_rows))
+    first = jnp.minimum(tile_of(starts), tiles - 1)
+    counts = jnp.where(ends > starts, tile_of(ends - 1) - first + 1, int(every_group))
     upto = jnp.cumsum(counts)
     # Each group begins at most one more visit than there are tiles.
     number = jnp.arange(tiles + group_sizes.shape[0], dtype=jnp.int32)
-    number = jnp.minimum(number, upto[-1] - 1)
     is_over = number[:, None] >= upto
     group = jnp.sum(is_over, axis=1, dtype=jnp.int32)
     # Summed over the groups before, as to gather the offset of each visit's group takes longer.
     offset = first - (upto - counts)
-    tile = number + offset[0]
-    tile += jnp.sum(jnp.where(is_over[:, :-1], jnp.diff(offset), 0), axis=1, dtype=jnp.int32)
-    return Visits(group, tile, starts, ends, upto[-1:])
+    steps = jnp.where(is_over[:, :-1], jnp.diff(offset), 0)
+    tile = number + offset[0] + jnp.sum(steps, axis=1, dtype=jnp.int32)
+    last_tile = jnp.maximum(tile_of(ends[-1] - 1), 0)
+    tile = jnp.minimum(tile, last_tile if every_group else tiles - 1)
+    return Visits(group, tile, bounds)
 
 
 @dataclasses.dataclass(frozen=True)
