@@ -70,8 +70,9 @@ def ssd_scan(x, dt, A, B, C, D, reset, state, *, chunk_size, interpret=False):
         return jnp.moveaxis(array, 1, -1).reshape(batch, -1, sizes.heads, time + more_time)
 
     def by_group(array):
-        """[B, T, G, N] -> [B, G, T, N]."""
-        return jnp.pad(array, ((0, 0), (0, more_time), (0, 0), (0, more_states))).swapaxes(1, 2)
+        """[B, T, G, N] -> [B, G, T, N], or `turned` [B, G, N, T]."""
+        array = jnp.pad(array, ((0, 0), (0, more_time), (0, 0), (0, more_states)))
+        return array.transpose(0, 2, 3, 1) if sizes.turned else array.swapaxes(1, 2)
 
     dt = dt.astype(jnp.float32)
     padded = jnp.pad(x, ((0, 0), (0, more_time), (0, 0), (0, more_dim)))
@@ -129,7 +130,7 @@ def segment_marks(reset, sizes: Blocks):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(spec, x, dt, A, B, C, D, marks, state):
     """In the kernels' layout: x [B, T, channels], dt [B, steps, heads, T], A [steps, heads, 128], a rate in all
-    lanes, B and C [B, G, T, N], D [1, channels], marks [B, 4, T], the state [B, N, channels]."""
+    lanes, B and C [B, G, T, N] or turned, D [1, channels], marks [B, 4, T], the state [B, N, channels]."""
     y, last, *_ = _call_forward(spec, x, dt, A, B, C, D, marks, state, keeps_pasts=False)
     return y, last
 
@@ -141,7 +142,7 @@ def _forward(spec, x, dt, A, B, C, D, marks, state):
 
 
 def _call_forward(spec, x, dt, A, B, C, D, marks, state, *, keeps_pasts):
-    grid = _Grid(spec, x, B, reverse=False)
+    grid = _Grid(spec, x, state, reverse=False)
     tiles = grid.chunks * spec.blocks.tiles
     pasts = shaped_like(x, (x.shape[0], tiles, *state.shape[1:]), x.dtype)
     return grid.call(
@@ -169,11 +170,10 @@ def _call_forward(spec, x, dt, A, B, C, D, marks, state, *, keeps_pasts):
 def _backward(spec, saved, cotangents):
     x, dt, A, totals, B, C, D, marks, pasts, last = saved
     d_y, d_last = cotangents
-    grid, sizes = _Grid(spec, x, B, reverse=True), spec.blocks
+    grid, sizes = _Grid(spec, x, d_last, reverse=True), spec.blocks
     of_skip = shaped_like(x, (x.shape[0], grid.chunks, 1, x.shape[2]), jnp.float32)
     of_rates = shaped_like(x, (x.shape[0], grid.chunks, *A.shape), jnp.float32)
     mask = pltpu.VMEM((sizes.tile, sizes.pack_tokens), jnp.float32)
-    by_state = pltpu.VMEM((sizes.chunk, B.shape[3]), jnp.float32)
     d_x, d_dt, d_A, d_B, d_C, d_D, d_state = grid.call(
         tpu_backward.kernel,
         [
@@ -200,12 +200,12 @@ def _backward(spec, saved, cotangents):
             (d_last, grid.last_state),
         ],
         [
-            pltpu.VMEM((sizes.steps, B.shape[3], sizes.channels), x.dtype),
+            pltpu.VMEM((sizes.steps, grid.num_states, sizes.channels), x.dtype),
             pltpu.VMEM((sizes.tiles, sizes.heads, LANES), jnp.float32),
             pltpu.VMEM((sizes.chunk // LANES, sizes.heads, LANES), jnp.float32),
             pltpu.VMEM((sizes.chunk // LANES, sizes.heads, LANES), jnp.float32),
-            by_state,
-            by_state,
+            pltpu.VMEM(grid.states.block_shape[2:], jnp.float32),
+            pltpu.VMEM((grid.num_states, sizes.chunk), jnp.float32),
             mask,
         ],
     )
@@ -224,9 +224,10 @@ class _Grid:
     the index of a block stays, nothing moves.
     """
 
-    def __init__(self, spec: Spec, x, B, *, reverse: bool):
+    def __init__(self, spec: Spec, x, state, *, reverse: bool):
         self.spec, sizes = spec, spec.blocks
-        (batch, groups, time, states) = B.shape
+        (batch, time, channels), states = x.shape, state.shape[1]
+        groups = channels // (sizes.per_group * sizes.dim)
         self.chunks, self.num_states = time // sizes.chunk, states
         self.grid = (batch, groups, self.chunks, sizes.steps)
         last, steps = self.chunks - 1, sizes.steps
@@ -242,8 +243,12 @@ class _Grid:
             (None, None, sizes.heads, sizes.chunk),
             lambda b, g, c, j: (b, g * steps + j, 0, chunk(c)),
         )
-        self.states = pl.BlockSpec(
-            (None, None, sizes.chunk, states), lambda b, g, c, j: (b, g, chunk(c), 0)
+        self.states = (
+            pl.BlockSpec((None, None, states, sizes.chunk), lambda b, g, c, j: (b, g, 0, chunk(c)))
+            if sizes.turned
+            else pl.BlockSpec(
+                (None, None, sizes.chunk, states), lambda b, g, c, j: (b, g, chunk(c), 0)
+            )
         )
         self.rates = pl.BlockSpec(
             (None, sizes.heads, LANES), lambda b, g, c, j: (g * steps + j, 0, 0)

@@ -16,8 +16,9 @@ several tiles. Pairs of tokens are [s, (head, t)] here, so that sums over s are 
 exp(total_t - total_s + log dt_s), so that nothing else is scaled by it, and is divided out of its own gradient.
 
 The passage of a pack of heads through its products is cut into stages where a result is waited for. What is left of
-sums over heads and tokens is done once a tile, by its last pack; that of B and C and that of dt go side by side, so
-that few stages are left when the last pack is done.
+sums over heads is done once a tile, by its last pack, and of sums over tokens once a register of these; that of B and C
+and that of dt go side by side, so that few stages are left when the last pack is done. The gradient of B is computed as
+B comes, and that of C on lanes, with tokens of several heads, which are summed for a whole register.
 """
 
 import functools
@@ -29,11 +30,12 @@ from jax.experimental import pallas as pl
 from pallas_kernels.pipelined import pipelined
 from pallas_kernels.ssd_scan.tpu_blocks import LANES
 from pallas_kernels.ssd_scan.tpu_chunk import (
+    FEW,
     LAST,
     PLAIN,
-    ROWS,
     Columns,
     Spec,
+    States,
     all_registers,
     block_diagonal,
     column,
@@ -42,20 +44,19 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     head_blocks,
     next_heads,
     on_matrix_unit,
+    over_heads,
     over_registers,
     packs,
-    repeated,
     running_sums,
     scales,
-    similarity,
     store_row,
     unseen,
     wide,
 )
 from pallas_kernels.tpu_dot import dot
 
-# Packs that a stage takes one after the other, and of the first of them.
-TOGETHER = 4
+# Packs that a stage takes one after the other where there are more than `FEW`, and of the first of them.
+TOGETHER = 3
 FIRST = 2
 
 
@@ -86,8 +87,8 @@ def kernel(
         d_rows: scratch float32 [tiles, heads, 128], gradients of the totals as `tpu_chunk.rows` has these.
         d_ends: scratch float32 [registers, heads, 128], what the last total of each gets besides, by channels.
         d_steps: scratch float32 [registers, heads, 128 tokens], what dt gets, times dt.
-        wide_d_B: scratch float32 [tokens, N], summed over heads.
-        wide_d_C: scratch float32 [tokens, N], summed over heads.
+        wide_d_B: scratch float32 like B, summed over heads.
+        wide_d_C: scratch float32 [N, tokens], summed over heads.
         mask: scratch float32 [tokens of a tile, (head, token)], `tpu_chunk.unseen` where there are no marks.
     """
     sizes, chunk, step = spec.blocks, pl.program_id(2), pl.program_id(3)
@@ -124,14 +125,20 @@ def _walk_back(
     registers = all_registers(sizes, dt, totals, marks)
     written = [Columns(sizes, of.written, on_matrix_unit=on_matrix_unit(sizes)) for of in registers]
 
+    B, C = States(sizes, B), States(sizes, C)
+
     @functools.cache
     def of_tile(tile):
         of = registers[tile * sizes.tile // LANES]
-        tokens = pl.ds(tile * sizes.tile, sizes.tile)
         hidden = (
             mask[...] if marks is None else unseen(sizes, tile, of.marks, reading_on_rows=False)
         )
-        return scales(sizes, tile, of), hidden, *similarity(sizes, B[tokens], C[tokens])
+        similarities = dot(B.rows(tile), C.turned(tile), PLAIN)
+        return scales(sizes, tile, of), hidden, similarities, wide(C.turned(tile))
+
+    def of_tokens(x, y):
+        """x yᵀ of x [N, i] and y [token, i], or as B comes its transpose."""
+        return dot(x, y, LAST) if sizes.turned else dot(y, x, LAST)
 
     def bring(pack, _):
         of_tile(pack.tile)
@@ -165,8 +172,8 @@ def _walk_back(
         decays, weights, gradients, products, to_end, writes = multiplied
         d_after = adjoint[:, pack.channels]
         rounded = d_after.astype(dtype)
-        returns = dot(B[pack.tokens], rounded, PLAIN)
-        d_B_part = dot(writes, rounded, LAST)
+        returns = dot(B.rows(pack.tile), rounded, PLAIN)
+        d_B_part = of_tokens(rounded, writes)
         if (pack.tile + 1) * sizes.tile % LANES == 0:
             state = after if pack.tile == sizes.tiles - 1 else pasts.at[pack.tile + 1]
             at_end = _sum(d_after * wide(state[:, pack.channels]))
@@ -177,7 +184,7 @@ def _walk_back(
         d_input = gradients[: sizes.tile] + returns * to_end
         return decays, weights, d_input, products, d_B_part
 
-    sums, by_channel, of_rates = {}, {}, []
+    sums, by_channel, of_states, of_rates = {}, {}, {}, []
 
     def finish(pack, advanced):
         decays, weights, d_input, products, d_B_part = advanced
@@ -217,69 +224,74 @@ def _walk_back(
             d_steps[pack.tile * sizes.tile // LANES, pl.ds(pack.head + i, 1)] = _sum(of_head)
 
     def merge(pack):
-        """The gradients of a tile's B, and of its C [N, (head, token)], by its last pack."""
+        """By its last pack, the gradients of a tile's B, as this comes, and of its C, [N, (head, token)]."""
         if pack.head != sizes.heads - sizes.pack:
             return None
-        d_similarities, d_C_turned, d_B_tile = sums.pop(pack.tile)
+        d_similarities, d_C_tile, d_B_tile = sums.pop(pack.tile)
         d_similarities = d_similarities.astype(dtype)
-        d_B_tile += dot(d_similarities, repeated(sizes, C[pack.tokens]), PLAIN)
-        return d_B_tile, (d_C_turned + dot(B[pack.tokens], d_similarities, ROWS)).astype(dtype)
+        d_B_tile += of_tokens(C.turned(pack.tile), d_similarities)
+        d_C_tile += dot(B.turned(pack.tile)[:, : sizes.tile], d_similarities, PLAIN)
+        return d_B_tile, d_C_tile
 
-    def turn_back(pack, merged):
+    def join(pack, merged):
+        """What there is of whole registers: those of B and C, of dt, times dt, and of dt A."""
         if merged is None:
             return None
-        d_B_tile, d_C_turned = merged
-        shape = (sizes.tile, LANES)
-        i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        turned = dot((i == j % sizes.tile).astype(dtype), d_C_turned, LAST)
-        return d_B_tile, turned, settle(pack)
-
-    def settle(pack):
-        """The gradients of dt, times dt, and of dt A, of 128 tokens."""
         number, place = divmod(pack.tile * sizes.tile, LANES)
+        tiles = [merged, *of_states.pop(number, [])]
         if place:
+            of_states[number] = tiles
             return None
+        of_B, of_C = zip(*tiles, strict=True)
+        of_B = jnp.concatenate(of_B, axis=1 if sizes.turned else 0)
+        return number, of_B, over_heads(sizes, of_C), settle(number)
+
+    def settle(number):
+        """The gradients of dt, times dt, and of dt A, of 128 tokens."""
         in_register = LANES // sizes.tile
         by_tile = [d_rows[number * in_register + i] for i in range(in_register)]
         written = d_steps[number]
-        d_total = from_rows(sizes, by_tile) + _at_end(sizes, d_ends[number]) - written
+        d_total = from_rows(sizes, by_tile) - written
+        d_total = jnp.concatenate([d_total, _by_head(sizes, d_ends[number])], axis=1)
         return written, running_sums(d_total, LANES, reverse=True)
 
-    def put(pack, turned):
-        if turned is None:
+    def put(pack, of_register):
+        if of_register is None:
             return
-        *of_states, of_steps = turned
-        for part, wide_sum, out in zip(of_states, (wide_d_B, wide_d_C), (d_B, d_C), strict=True):
-            if sizes.steps > 1:
-                part += jnp.where(is_first, 0, wide_sum[pack.tokens])
-                wide_sum[pack.tokens] = part
-            out[pack.tokens] = part.astype(out.dtype)
-        if of_steps is None:
-            return
-        written, d_log_decay = of_steps
-        number = pack.tile * sizes.tile // LANES
+        number, of_B, of_C, (written, d_log_decay) = of_register
         lanes = pl.ds(number * LANES, LANES)
+        on_lanes = (slice(None), lanes)
+        at = on_lanes if sizes.turned else lanes
+        d_B[at] = over_steps(wide_d_B, at, of_B)
+        of_C = over_steps(wide_d_C, on_lanes, of_C)
+        d_C[at] = of_C if sizes.turned else of_C.T
         d_dt[:, lanes] = written / registers[number].step + A[...] * d_log_decay
         of_rates.append(dt[:, lanes] * d_log_decay)
 
+    def over_steps(wide_sum, at, part):
+        """The sum over the steps of heads so far."""
+        if sizes.steps > 1:
+            part += jnp.where(is_first, 0, wide_sum[at])
+            wide_sum[at] = part
+        return part.astype(dtype)
+
     by_tile = sorted(packs(sizes), key=lambda pack: (-pack.tile, pack.head))
-    stages = (bring, prepare, multiply, advance, finish, add_up, turn_back, put)
-    pipelined(by_tile, *stages, together=TOGETHER, first=FIRST)
+    stages = (bring, prepare, multiply, advance, finish, add_up, join, put)
+    together, first = (FEW, FEW) if len(by_tile) <= FEW else (TOGETHER, FIRST)
+    pipelined(by_tile, *stages, together=together, first=first)
     d_A[...] = sum(of_rates)
     if d_D is not None:
         d_D[...] = _sum(wide(x[...]) * wide(d_y[...]))
 
 
-def _at_end(sizes, parts):
-    """Sums over channels, as `store_row` left them, at the last token: [heads, 128]."""
-    shape, sums = (sizes.heads, LANES), 0
-    head, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+def _by_head(sizes, parts):
+    """[heads, 128 channels], as `store_row` left them: in the row of a head what is its own, and else 0."""
+    head, lane = (jax.lax.broadcasted_iota(jnp.int32, parts.shape, axis) for axis in (0, 1))
     beside = max(1, LANES // sizes.dim)
-    for i in range(beside):
-        part = jnp.where(lane // sizes.dim == i, parts, 0) if beside > 1 else parts
-        part = next_heads(jnp.sum(part, axis=1, keepdims=True), -i)
-        sums += jnp.where((head % beside == i) & (lane == LANES - 1), part, 0)
-    return sums
+    out = parts
+    for i in range(1, beside):
+        out = jnp.where(head % beside == i, next_heads(parts, -i), out)
+    return jnp.where(lane // sizes.dim % beside == head % beside, out, 0)
 
 
 def _sum(x):

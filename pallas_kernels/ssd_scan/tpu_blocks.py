@@ -31,6 +31,7 @@ class Blocks:
         per_group: heads a group, filled up to whole grid steps.
         dim: P, filled up to a power of two up to 128, or to a multiple of it.
         pack: heads side by side on lanes, which a product takes at once.
+        turned: whether B and C come as [N, tokens]. XLA has tokens on lanes where N does not fill these.
     """
 
     chunk: int
@@ -38,6 +39,7 @@ class Blocks:
     per_group: int
     dim: int
     pack: int
+    turned: bool
 
     @property
     def tile(self) -> int:
@@ -155,7 +157,7 @@ def blocks(
         )
         # Of a bucket of lengths the table has the sizes of the longest.
         chunk, heads = min(sizes["chunk"], whole), sizes["heads"]
-    return Blocks(chunk, heads, per_group, dim, _pack(heads, dim, width))
+    return Blocks(chunk, heads, per_group, dim, _pack(heads, dim, width), states < LANES)
 
 
 def vmem_bytes(sizes: Blocks, states: int, dtype) -> int:

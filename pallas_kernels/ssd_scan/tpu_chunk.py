@@ -1,10 +1,11 @@
 """What the TPU kernels of the state-space-duality scan share: layout, decays and products.
 
-Tokens lie on sublanes and channels on lanes, as the model has them, so that nothing is turned on its way in or out. The
-heads of a pack lie side by side on lanes and go through a product together: with the weights of each side by side,
-[t, (head, s)], the other operand has the tokens of each head below each other and its channels in their own lanes,
-`block_diagonal`. A state is [N, channels]; what the tokens of a tile write is B, turned and scaled, times the same
-operand, so that both are one product: rows of the weights above rows of the state.
+Tokens lie on sublanes and channels on lanes, as the model has them, so that nothing is turned on its way in or out; B
+and C, which are wanted either way, come as XLA has them, `States`. The heads of a pack lie side by side on lanes and go
+through a product together: with the weights of each side by side, [t, (head, s)], the other operand has the tokens of
+each head below each other and its channels in their own lanes, `block_diagonal`. A state is [N, channels]; what the
+tokens of a tile write is B, turned and scaled, times the same operand, so that both are one product: rows of the
+weights above rows of the state.
 
 What scales a token is wanted as a row, where tokens lie on lanes, and as a column, where they lie on sublanes. Both
 come from [heads, tokens]: `rows` brings neighbouring heads side by side, and `Columns` spreads a column over the lanes
@@ -31,6 +32,8 @@ SUBLANES = 8
 LOG2_E = 1.4426950408889634
 # The exponent of what is 0 in float32. Less would only cost the sums with it their digits.
 NOTHING = -150.0
+# As many packs of all tiles go through their stages all together: there are no others to fill their waits.
+FEW = 8
 # Instead of dt = 0, which has no logarithm: what a token with it writes is lost in rounding.
 LEAST_STEP = 2.0**-60
 
@@ -77,7 +80,7 @@ class Register:
         total: the sum of dt A / ln 2 from the beginning of the tile. A sum over the chunk would have fewer digits where
             most of the weight is, between neighbours.
         written: total - log2 dt: what a token writes is its x times 2 ** (total of the reader - this), one
-            product less in the backward. It has the digits of the total: a gradient is exact to 2 ** -24 of that.
+            product less. It has the digits of the total: a gradient is exact to 2 ** -24 of that.
         marks: [4, tokens], `tpu.segment_marks`; None: one segment.
     """
 
@@ -122,7 +125,7 @@ class Scales:
 
     Attributes:
         sizes: of the kernel.
-        step: [heads, (head, token)], as of its register; so is total.
+        total: [heads, (head, token)], as of its register; so is written.
         from_past: [heads, (head, token)], what is left of the state before the tile.
         to_end: [heads, (head, token)], dt times what is left at the end of the tile of what a token writes.
         ends: [heads, (head, channel)], `total` of the last token.
@@ -130,8 +133,8 @@ class Scales:
     """
 
     sizes: Blocks
-    step: jax.Array
     total: jax.Array
+    written: jax.Array
     from_past: jax.Array
     to_end: jax.Array
     ends: jax.Array
@@ -147,21 +150,24 @@ def scales(sizes: Blocks, tile: int, of: Register) -> Scales:
     """Of a tile of a register."""
     last = (tile + 1) * sizes.tile - 1 - of.first
     ends = of.total[:, last : last + 1]
-    step, total = (rows(sizes, tile, x) for x in (of.step, of.total))
-    from_past, to_end = total, beside(ends, sizes.tile) - total
+    total, written = (rows(sizes, tile, x) for x in (of.total, of.written))
+    from_past, to_end = total, beside(ends, sizes.tile) - written
     ends = kept = beside(ends, sizes.dim)
     if of.marks is not None:
         from_past += rows(sizes, tile, of.marks[1:2])
         to_end += rows(sizes, tile, of.marks[2:3])
         kept += of.marks[3:4, last : last + 1]
     from_past, to_end, kept = map(jnp.exp2, (from_past, to_end, kept))
-    return Scales(sizes, step, total, from_past, step * to_end, ends, kept)
+    return Scales(sizes, total, written, from_past, to_end, ends, kept)
 
 
 def running_sums(x, tile: int, *, reverse: bool = False):
-    """Sums from the beginning of each tile, or with `reverse` from its end, float32 [heads, 128], as a product."""
-    i, j = (jax.lax.broadcasted_iota(jnp.int32, (LANES, LANES), axis) for axis in (0, 1))
-    ones = (i >= j if reverse else i <= j) & (i // tile == j // tile)
+    """Sums from the beginning of each tile, or with `reverse` from its end, float32 [heads, 128], as a product.
+
+    What x has beyond 128 lanes is in all of them.
+    """
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (x.shape[1], LANES), axis) for axis in (0, 1))
+    ones = (i >= j if reverse else i <= j) & (i // tile == j // tile) | (i >= LANES)
     heads = x.shape[0]
     sums = dot(_parts(x), ones.astype(jnp.bfloat16), PLAIN)
     return sum(sums[i * heads : (i + 1) * heads] for i in range(3))
@@ -229,6 +235,15 @@ def from_rows(sizes: Blocks, by_tile):
     second = jnp.where(is_low, pltpu.roll(even, sizes.tile, 1), odd)
     head = jax.lax.broadcasted_iota(jnp.int32, even.shape, 0)
     return jnp.where(head % 2 == 0, first, next_heads(second, -1))
+
+
+def over_heads(sizes: Blocks, by_tile):
+    """Sums over the heads of a register, of the tiles of one: a list of [rows, (head, token)] -> [rows, 128 tokens]."""
+    if sizes.tile == LANES:
+        return by_tile[0]
+    even, odd = by_tile
+    is_low = _lane(even.shape) < sizes.tile
+    return jnp.where(is_low, even, odd) + pltpu.roll(jnp.where(is_low, odd, even), sizes.tile, 1)
 
 
 def column(x):
@@ -308,11 +323,6 @@ def block_diagonal(blocks):
     return jnp.concatenate(rows, axis=0)
 
 
-def repeated(sizes: Blocks, x):
-    """[token, N] -> [(head, token), N] for the heads of a register, the same for each."""
-    return jnp.concatenate([x] * max(1, LANES // sizes.tile), axis=0)
-
-
 def for_pack(sizes: Blocks, x):
     """[rows, (head, token)] of the heads of a register -> of a pack, the same for all."""
     return jnp.concatenate([x] * (sizes.pack_tokens // x.shape[1]), axis=1)
@@ -339,10 +349,33 @@ def unseen(sizes: Blocks, tile: int, marks, *, reading_on_rows: bool):
     return jnp.where(seen, 0.0, -jnp.inf)
 
 
-def similarity(sizes: Blocks, x, y):
-    """x_i · y_j, float32 [token i, (head, token j)], and y turned, [N, (head, token j)], of a register's heads."""
-    y = repeated(sizes, y)
-    return dot(x, y, LAST), wide(y.T)
+class States:
+    """B or C of a chunk, of a ref [tokens, N] or [N, tokens]: on rows and on lanes, whichever way it came."""
+
+    def __init__(self, sizes: Blocks, ref):
+        self.sizes, self.ref = sizes, ref
+        self._register = functools.cache(self._register)
+
+    def rows(self, tile: int):
+        """Of a tile: [token, N]."""
+        first = tile * self.sizes.tile
+        if not self.sizes.turned:
+            return self.ref[pl.ds(first, self.sizes.tile)]
+        return self._register(first // LANES)[1][first % LANES :][: self.sizes.tile]
+
+    def turned(self, tile: int):
+        """Of a tile, the same for the heads of a register: [N, (head, token)]."""
+        times = LANES // self.sizes.tile
+        if not self.sizes.turned:
+            return jnp.concatenate([self.rows(tile)] * times, axis=0).T
+        first = tile * self.sizes.tile
+        register = self._register(first // LANES)[0]
+        return jnp.concatenate([register[:, first % LANES :][:, : self.sizes.tile]] * times, axis=1)
+
+    def _register(self, number: int):
+        """[N, 128 tokens] and [128 tokens, N]."""
+        turned = self.ref[:, pl.ds(number * LANES, LANES)]
+        return turned, turned.T
 
 
 def wide(x):

@@ -14,9 +14,11 @@ from jax.experimental import pallas as pl
 from pallas_kernels.pipelined import pipelined
 from pallas_kernels.ssd_scan.tpu_blocks import LANES
 from pallas_kernels.ssd_scan.tpu_chunk import (
+    FEW,
     PLAIN,
     Columns,
     Spec,
+    States,
     all_registers,
     block_diagonal,
     column,
@@ -25,15 +27,14 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     on_matrix_unit,
     packs,
     scales,
-    similarity,
     totals,
     unseen,
     wide,
 )
 from pallas_kernels.tpu_dot import dot
 
-# Channels of the packs that a stage takes one after the other.
-TOGETHER = 512
+# Packs that a stage takes one after the other where there are more than `FEW`, by whether a pack is of two registers.
+TOGETHER = {True: 6, False: 8}
 
 
 def kernel(
@@ -46,8 +47,8 @@ def kernel(
         x: ref [tokens, channels].
         dt: ref float32 [heads, tokens].
         A: ref float32 [heads, 128], a rate in all lanes.
-        B: ref [tokens, N].
-        C: ref [tokens, N].
+        B: ref [tokens, N], or [N, tokens] where `Blocks.turned`.
+        C: ref like B.
         D: ref float32 [1, channels]; None: 0.
         marks: ref float32 [4, tokens], `tpu.segment_marks`; None: one segment.
         initial: ref float32 [N, channels], the state before the first chunk.
@@ -73,12 +74,14 @@ def kernel(
         all_totals[...] = jnp.concatenate([of.total for of in registers], axis=1)
     columns = [Columns(sizes, of.total, on_matrix_unit=on_matrix_unit(sizes)) for of in registers]
 
+    B, C = States(sizes, B), States(sizes, C)
+
     @functools.cache
     def of_tile(tile):
         of = registers[tile * sizes.tile // LANES]
-        tokens = pl.ds(tile * sizes.tile, sizes.tile)
         hidden = mask[...] if marks is None else unseen(sizes, tile, of.marks, reading_on_rows=True)
-        return scales(sizes, tile, of), hidden, *similarity(sizes, C[tokens], B[tokens])
+        read, written = C.rows(tile), B.turned(tile)
+        return scales(sizes, tile, of), hidden, dot(read, written, PLAIN), read, wide(written)
 
     def bring(pack, _):
         of_tile(pack.tile)
@@ -87,10 +90,10 @@ def kernel(
     def prepare(pack, brought):
         """The operands of the products, and what is left of the state before the tile."""
         for_tokens, for_channels = brought
-        scale, hidden, similarities, turned = of_tile(pack.tile)
-        decays = jnp.exp2(for_tokens - scale.row("total", pack.head) + hidden)
-        write = for_pack(sizes, turned) * scale.row("to_end", pack.head)
-        weights = for_pack(sizes, similarities) * decays * scale.row("step", pack.head)
+        scale, hidden, similarities, _, written = of_tile(pack.tile)
+        decays = jnp.exp2(for_tokens - scale.row("written", pack.head) + hidden)
+        write = for_pack(sizes, written) * scale.row("to_end", pack.head)
+        weights = for_pack(sizes, similarities) * decays
         left = jnp.concatenate([weights, write], axis=0).astype(x.dtype)
         if resets is not None:
             for_channels += resets[pack.tile * sizes.tile :][: sizes.tile]
@@ -110,8 +113,9 @@ def kernel(
         rounded = state.astype(x.dtype)
         if pasts is not None:
             pasts[pack.tile, :, pack.channels] = rounded
-        read = dot(C[pack.tokens], rounded, PLAIN)
-        kept = state * of_tile(pack.tile)[0].row("kept", pack.head)
+        scale, *_, reading, _ = of_tile(pack.tile)
+        read = dot(reading, rounded, PLAIN)
+        kept = state * scale.row("kept", pack.head)
         carry[step, :, pack.channels] = kept + sums[sizes.tile :]
         return sums[: sizes.tile], read, from_past
 
@@ -123,7 +127,9 @@ def kernel(
         y[pack.tokens, pack.channels] = output.astype(y.dtype)
 
     stages = (bring, prepare, multiply, advance, put)
-    pipelined(packs(sizes), *stages, together=max(2, TOGETHER // sizes.pack_channels))
+    of_all = packs(sizes)
+    together = FEW if len(of_all) <= FEW else TOGETHER[sizes.pack_channels > LANES]
+    pipelined(of_all, *stages, together=together)
 
     @pl.when(chunk == pl.num_programs(2) - 1)
     def _():

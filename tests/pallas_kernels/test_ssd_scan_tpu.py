@@ -28,11 +28,11 @@ def random_inputs(*arguments):
     return inputs
 
 
-# Device kind, length, chunk, heads, P, groups, whether there are segments, which optional arrays there are.
+# Device kind, length, chunk, heads, P, groups, N, whether there are segments, which optional arrays there are.
 CASES = {
-    "one short chunk": (V5E, 7, None, 2, 64, 1, False, ("D",)),
-    "narrow heads": (V5E, 130, 128, 8, 16, 1, True, ("D",)),
-    "chunks": (V5E, 300, 256, 8, 64, 1, False, ()),
+    "one short chunk": (V5E, 7, None, 2, 64, 1, 6, False, ("D",)),
+    "narrow heads": (V5E, 130, 128, 8, 16, 1, 6, True, ("D",)),
+    "chunks": (V5E, 300, 256, 8, 64, 1, 6, False, ()),
     "steps of heads, segments, everything": (
         V5E,
         150,
@@ -40,12 +40,13 @@ CASES = {
         12,
         20,
         2,
+        130,
         True,
         ("D", "initial_state"),
     ),
-    "wide packs, segments": (V6E, 150, 128, 4, 64, 1, True, ("initial_state",)),
-    "wide heads": (V5E, 150, 100, 2, 100, 1, False, ("D", "initial_state")),
-    "wide packs of wide heads": (V6E, 256, 128, 4, 128, 2, True, ("D",)),
+    "wide packs, segments": (V6E, 150, 128, 4, 64, 1, 6, True, ("initial_state",)),
+    "wide heads, wide states": (V5E, 150, 100, 2, 100, 1, 128, False, ("D", "initial_state")),
+    "wide packs of wide heads": (V6E, 256, 128, 4, 128, 2, 6, True, ("D",)),
 }
 # In float32 these are for `-m slow`.
 LONG_CASES = (
@@ -64,11 +65,11 @@ LONG_CASES = (
     + [pytest.param(case, "float32", marks=pytest.mark.slow) for case in LONG_CASES],
 )
 def test_kernels_with_every_gradient_equal_float64(rng, monkeypatch, case, dtype):
-    kind, length, chunk_size, heads, dim, groups, has_segments, optional = CASES[case]
+    kind, length, chunk_size, heads, dim, groups, states, has_segments, optional = CASES[case]
     # A pack of heads, so that there are several steps of heads.
     monkeypatch.setattr(tpu_blocks, "MAX_CHANNELS", 256 if kind == V6E else 128)
     monkeypatch.setattr(tpu, "target", lambda: target()._replace(device_kind=kind))
-    inputs = random_inputs(rng, 2, length, heads, dim, groups, 6)
+    inputs = random_inputs(rng, 2, length, heads, dim, groups, states)
     cotangents = {"y": rng.normal(size=inputs["x"].shape)}
     cotangents["state"] = rng.normal(size=inputs["initial_state"].shape)
     for name in {"D", "initial_state"} - set(optional):
