@@ -1,8 +1,8 @@
 """The selective scan on TPU (Pallas, Mosaic): the state stays in VMEM from the first token of a row to the last.
 
-Gu and Dao, arXiv 2312.00752, section 3.3.2: states never reach HBM, but for the one before each chunk of tokens, from
-which the backward (`tpu_backward`) computes the others again. Skip and gate are applied in the kernel, where their
-memory traffic is free.
+Gu and Dao, arXiv 2312.00752, section 3.3.2: states never reach HBM, but for the one before each step of 16 tokens, in
+the dtype of u, from which the backward (`tpu_backward`) computes the others again: at 16 states a channel they are as
+large as u. Skip and gate are applied in the kernel, where their memory traffic is free.
 """
 
 import functools
@@ -20,9 +20,11 @@ from pallas_kernels.selective_scan.tpu_blocks import (
     LANES,
     block_channels,
     chunk_tokens,
+    unrolled_steps,
 )
 from pallas_kernels.selective_scan.tpu_tile import (
     LOG2_E,
+    SLOTS,
     STEP,
     SUBLANES,
     VMEM_LIMIT,
@@ -85,14 +87,16 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False, d
         states=A.shape[0],
         dtype=u.dtype.name,
     )
-    chunk = chunk_tokens(
-        time=u.shape[1],
-        block_states=block * A.shape[0],
-        dtype=u.dtype.name,
+    chunk = chunk_tokens(time=u.shape[1], channels=block, itemsize=u.dtype.itemsize)
+    unrolled = unrolled_steps(
+        chunk // STEP, least=SLOTS, block_states=block * A.shape[0], itemsize=u.dtype.itemsize
     )
+    # For an interpreter long code is but long to compile.
+    unrolled = SLOTS if interpret else unrolled
     spec = Spec(
         block,
         chunk,
+        unrolled,
         matrix_width(device_kind),
         u.dtype == jnp.bfloat16 and has_bfloat16_vectors(device_kind),
         interpreter(interpret, u),
@@ -129,7 +133,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         None if resets is None else blocks.resets,
         blocks.state,
     )
-    pasts = shaped_like(u, (batch, chunks, states, channels), jnp.float32)
+    pasts = shaped_like(u, (batch, time // STEP, states, channels), u.dtype)
     return tpu_call(
         functools.partial(_kernel, spec),
         grid=(batch, channels // spec.channels, chunks),
@@ -140,14 +144,14 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
             shaped_like(u, state.shape, jnp.float32),
             pasts if keeps_pasts else None,
         ),
-        scratch_shapes=(*rows_of_steps(spec, 2), columns_of_steps(states)),
+        scratch_shapes=(*[rows_of_steps(spec)] * 2, columns_of_steps(states)),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
         ),
         interpret=spec.interpret,
         name="selective_scan_forward",
-    )(u, delta, A, in_columns(B), C, D, z, resets, state)
+    )(u, delta, A, in_columns(spec, B), C, D, z, resets, state)
 
 
 _scan.defvjp(_forward, tpu_backward.backward)
@@ -162,8 +166,6 @@ def _kernel(
     def _():
         state[...] = initial[...]
 
-    if past is not None:
-        past[...] = state[...]
     base2_A = A[...] * LOG2_E
     rounded = u.dtype == jnp.bfloat16
 
@@ -179,6 +181,8 @@ def _kernel(
         from_state = by_state(C[tokens])
         for part in spec.parts():
             h, passed = state[:, part], []
+            if past is not None:
+                past[index, :, part] = h.astype(past.dtype)
             for t in range(STEP):
                 kept = decay(row(steps, slot, t, part) * base2_A[:, part], resets, STEP * index + t)
                 h = kept * h + row(inputs, slot, t, part) * widened(to_state[slot, t], part)

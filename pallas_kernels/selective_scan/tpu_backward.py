@@ -7,11 +7,15 @@ The gradients of Δ and A through the decay have the same terms but for a factor
 p_t = g_{t+1} exp(Δ_{t+1} A) h_t Δ_{t+1} A, over states or over tokens: one stack for the matrix unit, of which the sums
 are divided, so that Δ and A may not be 0 (`_away_from_0`, `_step`).
 
-On the way to the last token of a chunk the states are computed again, and of each something is left in VMEM for the way
-back. Where vector units multiply bfloat16 and store two registers a cycle (`Spec.narrow`), that is the decay, which is
-not computed a third time, and exp(Δ_t A) h_{t-1} Δ_t A in bfloat16, so that p is one product of what the matrix unit
+The states of a step are computed again from the one before it, which the forward left, and are at once used on the way
+back: way out and way back are of one basic block, a part of the channels after the other, so that a part's recurrence
+does not wait for itself, and what is left in between stays in registers or in what the compiler spills.
+
+Where vector units multiply bfloat16 and store two registers a cycle (`Spec.narrow`), the way out leaves the decay,
+which is not computed again, and exp(Δ_t A) h_{t-1} Δ_t A in bfloat16, so that p is one product of what the matrix unit
 takes anyway. There the sums over channels for B begin in the vector unit: a matrix unit takes the adjoints for them
-transposed, at half its pace, and without them it has less to do than the vector unit. Elsewhere it is the state.
+transposed, at half its pace, and without them it has less to do than the vector unit. Elsewhere it leaves the state
+before: with two registers left of each state, stores bind on v5e, which has one a cycle.
 """
 
 import functools
@@ -25,6 +29,7 @@ from pallas_kernels.selective_scan.tpu_blocks import LANES
 from pallas_kernels.selective_scan.tpu_tile import (
     LAST,
     LOG2_E,
+    SLOTS,
     STEP,
     VMEM_LIMIT,
     Blocks,
@@ -34,7 +39,6 @@ from pallas_kernels.selective_scan.tpu_tile import (
     columns_of_steps,
     decay,
     dot,
-    for_each_step,
     in_columns,
     in_lanes,
     of_own,
@@ -54,6 +58,8 @@ _reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciproca
 # the least float32.
 LEAST_STEP = 1.001 * 2.0**-60
 LEAST_RATE = 2.0**-30
+# Parts of a block whose way out comes before the way back of the first of them, by the schedules for v5e and v6e.
+PARTS_AHEAD = 2
 
 
 def backward(spec: Spec, saved, cotangents):
@@ -102,12 +108,10 @@ def backward(spec: Spec, saved, cotangents):
         out_specs=tuple(block for _, block in outputs.values()),
         out_shape=tuple(shape for shape, _ in outputs.values()),
         scratch_shapes=(
-            *rows_of_steps(spec, 2),
-            *_rows_for_the_way_back(spec),
-            columns_of_steps(states),
-            pltpu.VMEM((states, spec.channels), jnp.float32),
-            *_states_of_chunk(spec, states),
-            pltpu.VMEM((2, STEP, STEP * states), jnp.float32),
+            *[rows_of_steps(spec)] * 3,
+            rows_of_steps(spec, jnp.uint32) if spec.narrow else None,
+            *[columns_of_steps(states)] * 2,
+            *[pltpu.VMEM((SLOTS, STEP, STEP * states), jnp.float32)] * 2,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -115,7 +119,7 @@ def backward(spec: Spec, saved, cotangents):
         ),
         interpret=spec.interpret,
         name="selective_scan_backward",
-    )(u, delta, A, in_columns(B), in_columns(C), B, C, D, z, resets, pasts, d_y, d_last)
+    )(u, delta, A, in_columns(spec, B), in_columns(spec, C), B, C, D, z, resets, pasts, d_y, d_last)
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_state = gradients
     d_A = d_A.sum(axis=0) / (LOG2_E * _away_from_0(A, LEAST_RATE))
     d_D = None if d_D is None else d_D.sum(axis=0)
@@ -123,35 +127,15 @@ def backward(spec: Spec, saved, cotangents):
     return d_u, d_delta, d_A, d_B, d_C, d_D, d_z, None, d_state
 
 
-def _rows_for_the_way_back(spec: Spec):
-    """Scratch for Δ, Δ u and the gradients of what is read: where `spec.narrow` of the chunk, else of both slots, and
-    Δ u is not wanted.
-    """
-    if not spec.narrow:
-        steps, d_reads = rows_of_steps(spec, 2)
-        return steps, None, d_reads
-    shape = (spec.chunk // STEP, STEP, spec.channels)
-    return tuple(pltpu.VMEM(shape, dtype) for dtype in (jnp.float32, jnp.uint32, jnp.float32))
-
-
-def _states_of_chunk(spec: Spec, states: int):
-    """Scratch for `factors` and `decays` of `_kernel`."""
-    shape = (spec.chunk, states, spec.channels)
-    if spec.narrow:
-        return pltpu.VMEM(shape, jnp.bfloat16), pltpu.VMEM(shape, jnp.float32)
-    return pltpu.VMEM(shape, jnp.float32), None
-
-
 def _kernel(
     spec, u, delta, A, B_columns, C_columns, B, C, D, z, resets, past, d_y, d_last,
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, adjoint,
-    step_rows, input_rows, steps, inputs, d_reads, spread, state, factors, decays, products,
+    steps, inputs, d_reads, narrow_inputs, to_state, from_state, products_B, products_C,
 ):  # fmt: skip
     """One chunk of one block of channels. The gradient of the first state holds the adjoint from chunk to chunk.
 
-    Scratch: rows of the steps in both slots, Δ and Δ u; those for the way back; of the steps in both slots the columns
-    that are wanted, spread over lanes; the present state; of each token of the chunk `factors`, with which the adjoint
-    is multiplied, and `decays`; of both slots products over channels.
+    Scratch: of the steps at hand rows of Δ, Δ u, the gradients of what is read, and Δ u as `_twice_in_bfloat16`;
+    columns of B and C, spread over lanes; and products over channels.
     """
 
     @pl.when(pl.program_id(2) == 0)
@@ -162,144 +146,158 @@ def _kernel(
             d_D[...] = jnp.zeros_like(d_D)
 
     base2_A = _away_from_0(A[...], LEAST_RATE) * LOG2_E
-    state[...] = past[...]
-    _walk(
-        spec, u, delta, base2_A, B_columns, C, D, z, resets, d_y, d_C, d_D, d_z,
-        step_rows, input_rows, steps, inputs, d_reads, spread, state, factors, decays, products,
+    dtype = u.dtype
+    way_out = functools.partial(
+        _way_out, spec, u, base2_A, C, D, z, resets, past, d_y, d_z,
+        steps, inputs, d_reads, to_state,
     )  # fmt: skip
-    _walk_back(
-        spec, u, base2_A, C_columns, B, D, resets, d_u, d_delta, d_A, d_B, adjoint,
-        delta, z, d_y, steps, inputs, d_reads, spread, factors, decays, products,
+    way_back = functools.partial(
+        _way_back, spec, u, base2_A, D, resets, d_u, d_delta, d_A, d_D, adjoint,
+        steps, inputs, d_reads, narrow_inputs, from_state,
     )  # fmt: skip
-
-
-def _walk(
-    spec, u, delta, base2_A, B_columns, C, D, z, resets, d_y, d_C, d_D, d_z,
-    step_rows, input_rows, steps, inputs, d_reads, to_state, state, factors, decays, products,
-):  # fmt: skip
-    """The states of the chunk, and with each step's at hand the gradients of C, D and z."""
-    dtype, rounded = u.dtype, u.dtype == jnp.bfloat16
 
     def prepare(index, slot):
         tokens = step_tokens(index)
         step = _step(delta[tokens])
         taken = step * _wide(u[tokens])
-        step_rows[slot], input_rows[slot] = step, taken
+        steps[slot], inputs[slot] = step, taken
         if spec.narrow:
-            # Not read here: loads of rows whose number is not known would wait for stores to such.
-            steps[index], inputs[index] = step, _twice_in_bfloat16(taken)
-        to_state[slot] = columns(B_columns, index)
-
-    def advance(index, slot):
-        tokens, to_C = step_tokens(index), 0
-        for part in spec.parts(spec.matrix_width):
-            h, passed = state[:, part], []
-            for t in range(STEP):
-                at = STEP * index + t
-                exponent = row(step_rows, slot, t, part) * base2_A[:, part]
-                kept = decay(exponent, resets, at)
-                if not spec.narrow:
-                    factors[at, :, part] = h
-                h = kept * h
-                if spec.narrow:
-                    decays[at, :, part] = kept
-                    factors[at, :, part] = (h * exponent).astype(dtype)
-                h += row(input_rows, slot, t, part) * widened(to_state[slot, t], part)
-                passed.append(h)
-            state[:, part] = h
-            passed = stack(passed)
-            d_read = _wide(d_y[tokens, part])
-            if z is not None:
-                ungated = dot(by_state(C[tokens]), passed, rounded=rounded)
-                if D is not None:
-                    ungated += D[:, part] * _wide(u[tokens, part])
-                gate = _wide(z[tokens, part])
-                half = jax.nn.sigmoid(gate)
-                d_gate = d_read * ungated * half * (1 + gate * (1 - half))
-                d_z[tokens, part] = d_gate.astype(d_z.dtype)
-                d_read *= gate * half
-            if D is not None:
-                d_skip = d_read * _wide(u[tokens, part])
-                d_D[:, part] += jnp.sum(d_skip, axis=0, keepdims=True)
-            if spec.narrow:
-                d_reads[index, :, part] = d_read
-            to_C += dot(d_read, passed, LAST, rounded=rounded)
-        products[slot] = to_C
+            narrow_inputs[slot] = _twice_in_bfloat16(taken)
+        d_read = _wide(d_y[tokens])
+        d_reads[slot] = d_read if z is None else d_read * jax.nn.silu(_wide(z[tokens]))
+        to_state[slot], from_state[slot] = columns(B_columns, index), columns(C_columns, index)
 
     def finish(index, slot):
-        d_C[step_tokens(index)] = of_own(products[slot], dtype)
+        d_B[step_tokens(index)] = of_own(products_B[slot], dtype, reverse=True)
+        d_C[step_tokens(index)] = of_own(products_C[slot], dtype)
 
-    for_each_step(spec, prepare, advance, finish)
-
-
-def _walk_back(
-    spec, u, base2_A, C_columns, B, D, resets, d_u, d_delta, d_A, d_B, adjoint,
-    delta, z, d_y, steps, inputs, d_reads, from_state, factors, decays, products,
-):  # fmt: skip
-    """The adjoints of the chunk's states, and the gradients that are sums of them."""
-    dtype, rounded, num_states = u.dtype, u.dtype == jnp.bfloat16, B.shape[1]
-
-    def prepare(index, slot):
-        if not spec.narrow:
-            tokens = step_tokens(index)
-            steps[slot] = _step(delta[tokens])
-            d_read = _wide(d_y[tokens])
-            d_reads[slot] = d_read if z is None else d_read * jax.nn.silu(_wide(z[tokens]))
-        from_state[slot] = columns(C_columns, index)
-
-    def advance(index, slot):
-        tokens, rows = step_tokens(index), index if spec.narrow else slot
-        to_B, over_lanes = 0, [0] * STEP
-        writing = by_state(B[tokens], reverse=True)
-        for_decay = sums(num_states, reverse=True).astype(jnp.float32)
-        for part in _parts_back(spec):
-            g, passed, by_exponents = adjoint[:, part], [], []
-            for i, t in enumerate(reversed(range(STEP))):
-                at = STEP * index + t
-                g += widened(from_state[slot, t], part) * row(d_reads, rows, t, part)
-                if spec.narrow:
-                    passed.append(g.astype(dtype))
-                    by_exponents.append(passed[i] * factors[at, :, part])
-                    written = passed[i] * _in_bfloat16(row(inputs, rows, t, part), num_states)
-                    over_lanes[i] += in_lanes(written)
-                    g *= decays[at, :, part]
-                else:
-                    passed.append(g)
-                    exponent = row(steps, rows, t, part) * base2_A[:, part]
-                    g *= decay(exponent, resets, at)
-                    by_exponents.append(g * factors[at, :, part] * exponent)
-            adjoint[:, part] = g
-            # The adjoints go into two products and are converted once; the others are rounded by the matrix unit.
-            passed, by_exponents = stack(passed).astype(dtype), stack(by_exponents)
-            step, wide_u = steps[rows, :, part], _wide(u[tokens, part])
-            both = dot(for_decay, by_exponents, rounded=rounded)
-            if not spec.narrow:
-                to_B += dot((step * wide_u).astype(dtype), passed, LAST)
-            d_write = dot(writing, passed)
-            to_u = d_write * step
-            if D is not None:
-                to_u += D[:, part] * d_reads[rows, :, part]
-            d_u[tokens, part] = to_u.astype(d_u.dtype)
-            d_A[:, part] += both[STEP:]
-            inverse = _inverse_in_base_2(step, rounded=rounded)
-            to_delta = both[:STEP] * inverse + d_write * wide_u
-            d_delta[tokens, part] = to_delta.astype(d_delta.dtype)
-        if spec.narrow:
-            to_B = dot(jnp.ones((STEP, LANES), dtype), stack(over_lanes), LAST)
-        products[slot] = to_B
-
-    def finish(index, slot):
-        d_B[step_tokens(index)] = of_own(products[slot], dtype, reverse=True)
-
-    for_each_step(spec, prepare, advance, finish, reverse=True)
+    _for_each_step(spec, B, prepare, way_out, way_back, finish, products_B, products_C)
 
 
-def _parts_back(spec: Spec) -> list[slice]:
-    """Parts of a block on the way back, by the schedules for v6e and v5e.
-
-    The wider they are, the more registers wait for the matrix unit, and the fewer sums over lanes there are.
+def _for_each_step(spec, B, prepare, way_out, way_back, finish, products_B, products_C):
+    """Takes the steps of a chunk from the last to the first through their stages; a step is prepared before the one
+    ahead of it, and finished after the next, as in `for_each_step`.
     """
-    return spec.parts(4 * LANES if spec.narrow else spec.matrix_width)
+    count, parts = spec.chunk // STEP, spec.parts(spec.matrix_width)
+
+    def number(i):
+        # After the last comes the first again, and before the first the last, for nothing.
+        return count - 1 - (i + count) % count
+
+    def trip(i, _):
+        waiting = []
+
+        def back(j, part, writing, left, to_B):
+            to_B.append(way_back(number(spec.unrolled * i + j), j % SLOTS, part, writing, left))
+            if len(to_B) == len(parts):
+                products_B[j % SLOTS] = _over_channels(spec, sum(to_B), B.dtype)
+                finish(number(spec.unrolled * i + j - 1), (j - 1) % SLOTS)
+
+        for j in range(spec.unrolled):
+            index, slot = number(spec.unrolled * i + j), j % SLOTS
+            prepare(number(spec.unrolled * i + j + 1), (j + 1) % SLOTS)
+            writing = by_state(B[step_tokens(index)], reverse=True)
+            to_B, to_C = [], 0
+            for part in parts:
+                left, read = way_out(index, slot, part)
+                to_C += read
+                waiting.append((j, part, writing, left, to_B))
+                if len(waiting) > PARTS_AHEAD:
+                    back(*waiting.pop(0))
+            products_C[slot] = to_C
+        for part in waiting:
+            back(*part)
+
+    prepare(number(0), 0)
+    jax.lax.fori_loop(0, count // spec.unrolled, trip, None)
+    finish(number(count - 1), (count - 1) % SLOTS)
+
+
+def _way_out(
+    spec, u, base2_A, C, D, z, resets, past, d_y, d_z,
+    steps, inputs, d_reads, to_state, index, slot, part,
+):  # fmt: skip
+    """The states of a part in a step, and with them the gradients of z and, which is returned, of C.
+
+    Returns:
+        What is left of each token for the way back: decay and what p is a multiple of, or else the state before it;
+        the products over channels for the gradient of C.
+    """
+    tokens, rounded = step_tokens(index), u.dtype == jnp.bfloat16
+    h, passed, left = _wide(past[index, :, part]), [], []
+    for t in range(STEP):
+        exponent = row(steps, slot, t, part) * base2_A[:, part]
+        kept = decay(exponent, resets, STEP * index + t)
+        before, h = h, kept * h
+        left.append((kept, (h * exponent).astype(u.dtype)) if spec.narrow else before)
+        h += row(inputs, slot, t, part) * widened(to_state[slot, t], part)
+        passed.append(h)
+    passed = stack(passed)
+    if z is not None:
+        ungated = dot(by_state(C[tokens]), passed, rounded=rounded)
+        if D is not None:
+            ungated += D[:, part] * _wide(u[tokens, part])
+        gate = _wide(z[tokens, part])
+        half = jax.nn.sigmoid(gate)
+        d_gate = _wide(d_y[tokens, part]) * ungated * half * (1 + gate * (1 - half))
+        d_z[tokens, part] = d_gate.astype(d_z.dtype)
+    return left, dot(d_reads[slot, :, part], passed, LAST, rounded=rounded)
+
+
+def _way_back(
+    spec, u, base2_A, D, resets, d_u, d_delta, d_A, d_D, adjoint,
+    steps, inputs, d_reads, narrow_inputs, from_state, index, slot, part, writing, left,
+):  # fmt: skip
+    """The adjoints of a part's states in a step, and the gradients that are sums of them.
+
+    Args:
+        index, slot, part: of the step; where its rows and columns are; the channels.
+        writing: `by_state` of B.
+        left: what `_way_out` left.
+
+    Returns:
+        What `_over_channels` takes.
+    """
+    dtype, rounded, num_states = u.dtype, u.dtype == jnp.bfloat16, base2_A.shape[0]
+    g, passed, by_exponents, written = adjoint[:, part], [], [], []
+    for t in reversed(range(STEP)):
+        g += widened(from_state[slot, t], part) * row(d_reads, slot, t, part)
+        if spec.narrow:
+            kept, factor = left[t]
+            passed.append(g.astype(dtype))
+            by_exponents.append(passed[-1] * factor)
+            taken = _in_bfloat16(row(narrow_inputs, slot, t, part), num_states)
+            written.append(in_lanes(passed[-1] * taken))
+            g *= kept
+        else:
+            passed.append(g)
+            exponent = row(steps, slot, t, part) * base2_A[:, part]
+            g *= decay(exponent, resets, STEP * index + t)
+            by_exponents.append(g * left[t] * exponent)
+    adjoint[:, part] = g
+    # The adjoints go into two products and are converted once; the others are rounded by the matrix unit.
+    passed, by_exponents = stack(passed).astype(dtype), stack(by_exponents)
+    tokens, step, taken = step_tokens(index), steps[slot, :, part], inputs[slot, :, part]
+    for_decay = sums(num_states, reverse=True).astype(jnp.float32)
+    both = dot(for_decay, by_exponents, rounded=rounded)
+    to_B = stack(written) if spec.narrow else dot(taken.astype(dtype), passed, LAST)
+    d_write = dot(writing, passed)
+    to_u = d_write * step
+    if D is not None:
+        d_read = d_reads[slot, :, part]
+        to_u += D[:, part] * d_read
+        d_skip = d_read * _wide(u[tokens, part])
+        d_D[:, part] += jnp.sum(d_skip, axis=0, keepdims=True)
+    d_u[tokens, part] = to_u.astype(d_u.dtype)
+    d_A[:, part] += both[STEP:]
+    to_delta = (both[:STEP] * (1 / LOG2_E) + d_write * taken) * _inverse(step, rounded=rounded)
+    d_delta[tokens, part] = to_delta.astype(d_delta.dtype)
+    return to_B
+
+
+def _over_channels(spec: Spec, to_B, dtype):
+    """Products over channels for the gradient of B, of the sum of what `_way_back` gives for the parts of a block."""
+    return dot(jnp.ones((STEP, LANES), dtype), to_B, LAST) if spec.narrow else to_B
 
 
 def _step(delta):
@@ -324,13 +322,13 @@ def _away_from_0(x, least: float):
     return jnp.where(jnp.abs(x) < least, least, x)
 
 
-def _inverse_in_base_2(x, *, rounded: bool):
-    """ln 2 / x; `rounded`: as the unit for transcendental functions has it.
+def _inverse(x, *, rounded: bool):
+    """1 / x; `rounded`: as the unit for transcendental functions has it.
 
     That is of more digits than bfloat16: where a division is of float32, the compiler takes one of Newton's steps from
     there, or none.
     """
-    return _reciprocal(x, approx=True) / LOG2_E if rounded else 1 / (LOG2_E * x)
+    return _reciprocal(x, approx=True) if rounded else 1 / x
 
 
 def _wide(x):

@@ -7,8 +7,12 @@ from pallas_kernels.blocks import Shape, Sizes, Table
 LANES = 128
 # The more channels, the more share the columns of B and C; of 1024 the code is long enough.
 MOST_CHANNELS = 1024
-# Channels x states of a block in a chunk of 128 tokens: the backward has all of these states in VMEM.
+# Channels x states of a block.
 MOST_STATES = 2**15
+# Of a chunk of u.
+MOST_BYTES = 3 * 2**19
+# Bytes of a step's states, as if they were of the dtype of u, that may be unrolled.
+MOST_UNROLLED = 3 * 2**16
 
 
 def _flaw(sizes: Sizes, shape: Shape) -> str | None:
@@ -29,16 +33,33 @@ TABLE = Table(
 )
 
 
-def chunk_tokens(*, time: int, block_states: int, dtype: str) -> int:
-    """Tokens a chunk: of two registers, where there is room, these share what a grid step begins with.
+def chunk_tokens(*, time: int, channels: int, itemsize: int) -> int:
+    """Tokens a chunk: the more, the more share what a grid step begins with.
 
     Args:
         time: T, filled up to a multiple of 128.
-        block_states: channels x states of a block.
-        dtype: of u.
+        channels: of a block.
+        itemsize: bytes of an element of u.
     """
-    fits = dtype == "bfloat16" and 2 * block_states <= MOST_STATES
-    return 2 * LANES if fits and time % (2 * LANES) == 0 else LANES
+    most = MOST_BYTES // (channels * itemsize)
+    sizes = (8 * LANES, 4 * LANES, 2 * LANES, LANES)
+    return next((size for size in sizes if size <= most and time % size == 0), LANES)
+
+
+def unrolled_steps(count: int, *, least: int, block_states: int, itemsize: int) -> int:
+    """Steps in a trip of a loop: the more, the fewer ends there are at which products are waited for, and the longer is
+    the code, which has `block_states` to do a step, and in float32 several passes of the matrix units.
+
+    Args:
+        count: steps of a chunk, a multiple of `least`.
+        least: a power of two.
+        block_states: channels x states of a block.
+        itemsize: bytes of an element of u.
+    """
+    steps = least
+    while 2 * steps * block_states * itemsize <= MOST_UNROLLED and count % (2 * steps) == 0:
+        steps *= 2
+    return steps
 
 
 def block_channels(device_kind: str, *, time: int, channels: int, states: int, dtype: str) -> int:

@@ -28,11 +28,15 @@ STEP = 16
 # Rows of an operand that a matrix unit takes one after the other, the last first, by the schedules for v5e and v6e.
 ROWS_OF_A_TILE = 128
 LOG2_E = 1.4426950408889634
-# A chunk of states in the backward is 17 MiB at the most; blocks and rows of the chunk take 9, and what the compiler
-# spills of float32 products, whose operands it splits, up to 11.
+# Blocks of a chunk in the backward, rows of it and what is spilled take 28 MiB for 1024 tokens of 768 channels in
+# bfloat16 with gate and skip; float32 products, whose operands the compiler splits, spill up to 11 more.
 VMEM_LIMIT = 48 * 2**20
+# Steps that may be at hand: the trips of a loop are of so many steps, or a multiple, which each have a slot.
+SLOTS = 4
 # Channels whose states are in registers together.
 MOST_IN_REGISTERS = 2 * LANES
+# Of a block, for which the vector unit has more to do with each column than the unit that spreads it.
+MANY_CHANNELS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +46,7 @@ class Spec:
     Attributes:
         channels: channels a block, a multiple of 128.
         chunk: tokens a grid step, a multiple of 128: B and C have tokens on lanes.
+        unrolled: steps in a trip of the loops over a chunk's, a multiple of `SLOTS` that divides their number.
         matrix_width: rows and columns of a matrix unit, 128 or 256.
         narrow: whether what only goes into sums is bfloat16 in the vector unit of the backward, too.
         interpret: as `pallas_call` has it.
@@ -49,6 +54,7 @@ class Spec:
 
     channels: int
     chunk: int
+    unrolled: int
     matrix_width: int
     narrow: bool
     interpret: object
@@ -78,7 +84,10 @@ class Blocks:
         state = (None, states, spec.channels)
         self.state = pl.BlockSpec(state, lambda b, e, c: (b, 0, e))
         self.state_row = pl.BlockSpec((None, 1, spec.channels), lambda b, e, c: (b, 0, e))
-        self.pasts = pl.BlockSpec((None, *state), lambda b, e, c: (b, chunk_of(c), 0, e))
+        self.pasts = pl.BlockSpec(
+            (None, spec.chunk // STEP, states, spec.channels),
+            lambda b, e, c: (b, chunk_of(c), 0, e),
+        )
         # Sums over the channels of a block only.
         self.partial_rows = pl.BlockSpec(
             (None, None, spec.chunk, states), lambda b, e, c: (b, e, chunk_of(c), 0)
@@ -90,32 +99,23 @@ def step_tokens(index):
     return pl.ds(pl.multiple_of(STEP * index, STEP), STEP)
 
 
-def for_each_step(spec: Spec, prepare, advance, finish=None, *, reverse: bool = False) -> None:
-    """Takes the steps of a chunk through its stages, each called with the number of a step and a slot, 0 or 1 in turn,
-    for what a stage leaves to the next.
+def for_each_step(spec: Spec, prepare, advance) -> None:
+    """Takes the steps of a chunk through its stages, each called with the number of a step and its slot, for what a
+    stage leaves to the next.
 
-    A step is prepared before the one ahead of it advances, since columns take long to come to their lanes, and finished
-    after the next has advanced, since products take long to leave the matrix unit. Four steps of the loop are unrolled:
-    at its end the last products are waited for.
+    A step is prepared before the one ahead of it advances, since columns take long to come to their lanes. As many
+    steps as `spec` says are unrolled: at the end of a trip the last products are waited for.
     """
     count = spec.chunk // STEP
 
-    def number(i):
-        return count - 1 - i if reverse else i
-
-    def four(i, _):
-        for j in range(4):
+    def trip(i, _):
+        for j in range(spec.unrolled):
             # After the last comes the first again, for nothing.
-            prepare(number((4 * i + j + 1) % count), (j + 1) % 2)
-            advance(number(4 * i + j), j % 2)
-            if finish is not None:
-                # Before the first comes the last, for nothing: what it writes is written again at the end.
-                finish(number((4 * i + j + count - 1) % count), (j + 1) % 2)
+            prepare((spec.unrolled * i + j + 1) % count, (j + 1) % SLOTS)
+            advance(spec.unrolled * i + j, j % SLOTS)
 
-    prepare(number(0), 0)
-    jax.lax.fori_loop(0, count // 4, four, None)
-    if finish is not None:
-        finish(number(count - 1), (count - 1) % 2)
+    prepare(0, 0)
+    jax.lax.fori_loop(0, count // spec.unrolled, trip, None)
 
 
 def place_of(token, states: int, *, reverse: bool = False):
@@ -192,14 +192,14 @@ def dot(x, y, contracted=PLAIN, *, rounded: bool = False):
     )
 
 
-def rows_of_steps(spec: Spec, count: int):
-    """Scratch for `count` kinds of rows of the steps in both slots."""
-    return (pltpu.VMEM((2, STEP, spec.channels), jnp.float32),) * count
+def rows_of_steps(spec: Spec, dtype=jnp.float32):
+    """Scratch for rows of the steps in all slots."""
+    return pltpu.VMEM((SLOTS, STEP, spec.channels), dtype)
 
 
 def columns_of_steps(states: int):
-    """Scratch for `columns` of the steps in both slots."""
-    return pltpu.VMEM((2, STEP, states, LANES), jnp.float32)
+    """Scratch for `columns` of the steps in all slots."""
+    return pltpu.VMEM((SLOTS, STEP, states, LANES), jnp.float32)
 
 
 def row(ref, slot: int, t: int, part: slice):
@@ -223,9 +223,11 @@ def decay(exponent, resets, t):
     return kept if resets is None else kept * (1 - resets[0, t]).astype(jnp.float32)
 
 
-def in_columns(x):
-    """[B, T, N] -> float32 [B, N, T]."""
-    return x.swapaxes(1, 2).astype(jnp.float32)
+def in_columns(spec: Spec, x):
+    """[B, T, N] -> [B, N, T], as `columns` takes it: a column in bfloat16 is spread in half the time and then has to be
+    converted, for which a block of many channels has no time, and what it shares of the spreading it has time for.
+    """
+    return x.swapaxes(1, 2).astype(x.dtype if spec.channels < MANY_CHANNELS else jnp.float32)
 
 
 def columns(ref, index):
@@ -240,4 +242,5 @@ def columns(ref, index):
         first, index = (index >> bits) * LANES, index & ((1 << bits) - 1)
         register = ref[:, pl.ds(pl.multiple_of(first, LANES), LANES)]
     rotated = pltpu.roll(register, (LANES - STEP * index) % LANES, axis=1)
-    return jnp.stack([jnp.broadcast_to(rotated[:, j : j + 1], rotated.shape) for j in range(STEP)])
+    spread = [jnp.broadcast_to(rotated[:, j : j + 1], rotated.shape) for j in range(STEP)]
+    return jnp.stack([x.astype(jnp.float32) for x in spread])
