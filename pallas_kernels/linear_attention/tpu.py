@@ -59,7 +59,7 @@ def linear_attention(
     last = features.to_public(last)
     kv, k_sum = last[:, :, :value_dim].swapaxes(2, 3), last[:, :, padded_values]
     by_token = (*out.shape[:2], spec.heads, padded_values)
-    out = out.reshape(by_token) if sizes.turns else out.transpose(0, 3, 1, 2)
+    out = out.reshape(by_token) if sizes.turns(padded_values) else out.transpose(0, 3, 1, 2)
     return out[:, :time, :, :value_dim], LinearAttentionState(kv, k_sum)
 
 
@@ -98,7 +98,7 @@ def _to_kernel(spec, x, dim: int):
     time = -x.shape[1] % spec.blocks.tokens
     padding = ((0, 0), (0, time), (0, 0), (0, dim - x.shape[3]))
     x = jnp.pad(x, padding)
-    return x.reshape(*x.shape[:2], -1) if spec.blocks.turns else x.transpose(0, 2, 3, 1)
+    return x.reshape(*x.shape[:2], -1) if spec.blocks.turns(dim) else x.transpose(0, 2, 3, 1)
 
 
 def _pack(state, value_dim: int, ones: int):
@@ -177,7 +177,7 @@ _linear_attention.defvjp(_forward, _backward)
 
 def _sizes(spec, v) -> tuple[int, int, int]:
     """Batch, E and T of values in the kernels' layout."""
-    if spec.blocks.turns:
+    if v.ndim == 3:
         batch, time, channels = v.shape
         return batch, channels // spec.heads, time
     batch, _, dim, time = v.shape
@@ -212,7 +212,7 @@ def _call(spec, kernel, inputs, outputs, carry, reverse=False):
         if holds == "rows":
             shape = (1, array.shape[1], sizes.tokens)
             return pl.BlockSpec(shape, lambda b, h, t: (b, 0, block(t)))
-        if holds == "tokens" and sizes.turns:
+        if holds == "tokens" and array.ndim == 3:
             shape = (1, sizes.tokens, array.shape[2] // spec.heads * sizes.heads)
             return pl.BlockSpec(shape, lambda b, h, t: (b, block(t), h))
         shape = (1, sizes.heads, array.shape[2], sizes.tokens)

@@ -25,14 +25,19 @@ class Blocks:
         chunk: tokens whose weights are computed at once.
         tokens: tokens a grid step, whole chunks.
         heads: heads a grid step, a divisor of all heads.
-        turns: whether the kernels take [tokens, channels], as the model has them, and turn them: then the channels of a
-            grid step are whole registers.
     """
 
     chunk: int
     tokens: int
     heads: int
-    turns: bool
+
+    def turns(self, dim: int) -> bool:
+        """Whether the kernels take [tokens, channels], `dim` a head, as the model has them, and turn them.
+
+        Where the channels of a grid step are whole registers. XLA itself has fewer than a register turned, where it can
+        choose.
+        """
+        return self.heads * dim % LANES == 0
 
 
 def _flaw(sizes: Sizes, shape: Shape) -> str | None:
@@ -101,8 +106,7 @@ def blocks(
         chunk = min(sizes["chunk"], whole)
         tokens = chunk * max(1, min(sizes["tokens"], whole) // chunk)
         by_rule = {"chunk": chunk, "tokens": tokens, "heads": sizes["heads"]}
-    turns = all(by_rule["heads"] * width % LANES == 0 for width in (dim, value_dim))
-    return Blocks(**by_rule, turns=turns)
+    return Blocks(**by_rule)
 
 
 def _by_rule(

@@ -73,9 +73,9 @@ def forward(spec: Spec, q, k, v, rows, state, out, total, last, pasts, carry, ri
 
     Args:
         spec: static arguments.
-        q: ref [1, H, D, T], or [1, T, H * D] where `Blocks.turns`.
+        q: ref [1, H, D, T], or [1, T, H * D] where `Blocks.turns(D)`.
         k: ref like q.
-        v: ref [1, H, E, T] or [1, T, H * E].
+        v: ref [1, H, E, T] or [1, T, H * E], likewise.
         rows: ref float32 [1, 4, T], `tpu.segment_rows`; None: one segment.
         state: ref float32 [1, H, E + ones, F], before the first token; None: zeros.
         out: ref like v.
@@ -223,7 +223,7 @@ def where_seen(mask, function, *pairs):
 
 def take(spec, ref, tokens) -> list:
     """[D, C] of each head, of a ref as `tpu` has it: [1, T, H * D] where blocks are turned, else [1, H, D, T]."""
-    if not spec.blocks.turns:
+    if len(ref.shape) == 4:
         return [ref[0, h, :, tokens] for h in range(spec.blocks.heads)]
     turned = ref[0, tokens, :].T
     dim = turned.shape[0] // spec.blocks.heads
@@ -233,7 +233,7 @@ def take(spec, ref, tokens) -> list:
 def put(spec, ref, tokens, by_head) -> None:
     """The inverse of `take`."""
     by_head = [x.astype(ref.dtype) for x in by_head]
-    if spec.blocks.turns:
+    if len(ref.shape) == 3:
         ref[0, tokens, :] = jnp.concatenate(by_head, axis=0).T
         return
     for h, x in enumerate(by_head):
