@@ -35,6 +35,14 @@ def matrix_width(device_kind: str) -> int:
     return 256 if "v6" in device_kind or "v7" in device_kind else 128
 
 
+def num_cores(device_kind: str) -> int:
+    """Cores that share the parallel axes of a grid on the TPU that `jax.Device.device_kind` names.
+
+    On other chips than these, of v4 and v5p, a device has one.
+    """
+    return 2 if device_kind in ("TPU v4", "TPU v5") else 1
+
+
 def has_bfloat16_vectors(device_kind: str) -> bool:
     """Whether the vector unit of the TPU that `jax.Device.device_kind` names multiplies bfloat16: from v6e on.
 

@@ -26,13 +26,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.attention.tpu_tile import LOG2_E, dot
 from pallas_kernels.blocks import largest_divisor
+from pallas_kernels.chips import num_cores
 from pallas_kernels.decode_attention.merge import merge
 from pallas_kernels.dispatch import target
 from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like
 
-# Cores that share the parallel axes of a grid, by device kind; elsewhere a chip has one or is two devices.
-CORES = {"TPU v4": 2, "TPU v5": 2}
 # Of k a visit: long beside the cost of a grid step, and its logits and buffers fit in VMEM.
 VISIT_BYTES = 2**20
 LOGITS_BYTES = 2**21
@@ -160,7 +159,7 @@ def _make_spec(q, k_cache, page_table, window, scale, logits_soft_cap) -> _Spec:
     if window is not None:
         # Tokens that follow each other touch one page more than they fill.
         reach = min(reach, -(-(window + num_queries - 1) // page_size) + 1)
-    cores = CORES.get(target().device_kind, 1)
+    cores = num_cores(target().device_kind)
     splits = 1 if batch % cores == 0 else cores
     batch_rows = 1
     if page_table is None and max_pages == 1:

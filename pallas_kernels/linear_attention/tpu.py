@@ -66,6 +66,7 @@ def linear_attention(
 def _blocks(q, v, feature_map, chunk_size):
     features = kernel_features(feature_map, q.shape[-1])
     return blocks(
+        batch=q.shape[0],
         time=q.shape[1],
         heads=q.shape[2],
         dim=features.dim,
@@ -185,7 +186,7 @@ def _sizes(spec, v) -> tuple[int, int, int]:
 
 
 def _call(spec, kernel, inputs, outputs, carry, reverse=False):
-    """Runs `kernel` on a grid of (batch, blocks of heads, blocks of tokens).
+    """Runs `kernel` on a grid of (blocks of sequences, of heads, of tokens).
 
     Inputs and outputs are pairs of an array (or shape, or None) and what it holds: "tokens", as `_to_kernel` makes
     them, "by head" [B, H, rows, T] and "pasts" [B, H, chunks, ., .] are cut into blocks of heads and tokens, "rows"
@@ -205,28 +206,30 @@ def _call(spec, kernel, inputs, outputs, carry, reverse=False):
             return steps - 1 - t if reverse else t
 
         if holds == "state":
-            return pl.BlockSpec((1, sizes.heads, *array.shape[2:]), lambda b, h, t: (b, h, 0, 0))
+            return pl.BlockSpec(
+                (sizes.sequences, sizes.heads, *array.shape[2:]), lambda b, h, t: (b, h, 0, 0)
+            )
         if holds == "pasts":
-            shape = (1, sizes.heads, sizes.tokens // sizes.chunk, *array.shape[3:])
+            shape = (sizes.sequences, sizes.heads, sizes.tokens // sizes.chunk, *array.shape[3:])
             return pl.BlockSpec(shape, lambda b, h, t: (b, h, block(t), 0, 0))
         if holds == "rows":
-            shape = (1, array.shape[1], sizes.tokens)
+            shape = (sizes.sequences, array.shape[1], sizes.tokens)
             return pl.BlockSpec(shape, lambda b, h, t: (b, 0, block(t)))
         if holds == "tokens" and array.ndim == 3:
-            shape = (1, sizes.tokens, array.shape[2] // spec.heads * sizes.heads)
+            shape = (sizes.sequences, sizes.tokens, array.shape[2] // spec.heads * sizes.heads)
             return pl.BlockSpec(shape, lambda b, h, t: (b, block(t), h))
-        shape = (1, sizes.heads, array.shape[2], sizes.tokens)
+        shape = (sizes.sequences, sizes.heads, array.shape[2], sizes.tokens)
         return pl.BlockSpec(shape, lambda b, h, t: (b, h, 0, block(t)))
 
     return tpu_call(
         functools.partial(kernel, spec),
-        grid=(batch, spec.heads // sizes.heads, steps),
+        grid=(batch // sizes.sequences, spec.heads // sizes.heads, steps),
         in_specs=[block_spec(*x) for x in inputs],
         out_specs=[block_spec(*x) for x in outputs],
         out_shape=[x for x, _ in outputs],
         scratch_shapes=[
-            pltpu.VMEM((sizes.heads, *carry), jnp.float32),
-            pltpu.VMEM((2, turn, sizes.heads, *ring), jnp.float32),
+            pltpu.VMEM((sizes.sequences, sizes.heads, *carry), jnp.float32),
+            pltpu.VMEM((2, turn, sizes.sequences, sizes.heads, *ring), jnp.float32),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),

@@ -25,12 +25,12 @@ from pallas_kernels.linear_attention.tpu_chunk import (
     PLAIN,
     ROWS,
     ChunkMask,
-    Item,
     Spec,
     chunk_mask,
     finish,
     first_row,
     for_each_turn,
+    items_of,
     masked,
     operands,
     put,
@@ -52,15 +52,15 @@ def backward(
     Args:
         spec: static arguments.
         q: as in `tpu_chunk.forward`; so are k, v, rows and pasts.
-        d_last: ref float32 [1, H, F, E + ones], the gradient of the state after the last token.
+        d_last: ref float32 [B, H, F, E + ones], the gradient of the state after the last token.
         d_out: ref like v.
         out: ref like v; None without `normalize`.
-        total: ref float32 [1, H, 1, T]; None without `normalize`.
+        total: ref float32 [B, H, 1, T]; None without `normalize`.
         dq: ref like q.
         dk: ref like k.
         dv: ref like v.
         d_state: ref like `d_last`.
-        carry: scratch float32 [H, F, E + ones], the gradient of the state after a chunk.
+        carry: scratch float32 [B, H, F, E + ones], the gradient of the state after a chunk.
         rings: as in `tpu_chunk.forward`.
     """
     start(carry, d_last)
@@ -69,19 +69,19 @@ def backward(
 
     def turn(chunks):
         @functools.cache
-        def of_chunk(place):
+        def of_chunk(place, sequence):
             _, tokens = chunks[place]
-            mask = chunk_mask(spec, rows, tokens, block)
-            values = [with_ones(x, mask) for x in take(spec, v, tokens)]
-            queries, keys = (take(spec, x, tokens) for x in (q, k))
-            d_sums = _gradients_of_sums(spec, d_out, out, total, tokens)
+            mask = chunk_mask(spec, rows, sequence, tokens, block)
+            values = [with_ones(x, mask) for x in take(spec, v, sequence, tokens)]
+            queries, keys = (take(spec, x, sequence, tokens) for x in (q, k))
+            d_sums = _gradients_of_sums(spec, d_out, out, total, sequence, tokens)
             return _Chunk(tokens, mask, queries, keys, values, d_sums, ([], [], []))
 
         def expand(item, _):
-            chunk = of_chunk(item.chunk)
+            chunk = of_chunk(item.chunk, item.sequence)
             query, key = chunk.queries[item.head], chunk.keys[item.head]
             phi_q, phi_k = (
-                features.expand(wide(x), rings.at[i, item.chunk, item.head])
+                features.expand(wide(x), rings.at[i, item.chunk, item.sequence, item.head])
                 for i, x in enumerate((query, key))
             )
             left, right = operands(features, key, query, phi_k, phi_q, dtype)
@@ -90,14 +90,14 @@ def backward(
 
         def multiply(item, expanded):
             left, right, *features_of = expanded
-            chunk = of_chunk(item.chunk)
+            chunk = of_chunk(item.chunk, item.sequence)
             value, d_sum = chunk.values[item.head], chunk.d_sums[item.head]
             products, d_weights = dot(left, right, ROWS), dot(value, d_sum, ROWS)
             return left, right, products, d_weights, *features_of
 
         def weigh(item, multiplied):
             left, right, products, d_weights, *features_of = multiplied
-            chunk = of_chunk(item.chunk)
+            chunk = of_chunk(item.chunk, item.sequence)
             if features.weigh is None:
                 weights, d_products = (
                     where_seen(chunk.mask, None, x) for x in (products, d_weights)
@@ -114,24 +114,24 @@ def backward(
 
         def multiply_others(item, weighed):
             left, right, weights, d_products, phi_q, phi_k = weighed
-            chunk = of_chunk(item.chunk)
+            chunk = of_chunk(item.chunk, item.sequence)
             mask, value, d_sum = chunk.mask, chunk.values[item.head], chunk.d_sums[item.head]
             to_query, to_key = dot(left, d_products, PLAIN), dot(right, d_products, LANES)
-            after = carry[item.head]
+            after = carry[item.sequence, item.head]
             d_after = after.astype(dtype)
-            d_phi_q = dot(pasts[0, item.head, chunks[item.chunk][0]], d_sum, ROWS)
+            d_phi_q = dot(pasts[item.sequence, item.head, chunks[item.chunk][0]], d_sum, ROWS)
             d_phi_k = dot(d_after, value, PLAIN)
             d_value = dot(d_after, phi_k, ROWS)
-            carry[item.head] = masked(after, mask.keeps) + dot(phi_q, d_sum, LANES)
+            carry[item.sequence, item.head] = masked(after, mask.keeps) + dot(phi_q, d_sum, LANES)
             d_phi_q, d_phi_k = masked(d_phi_q, mask.from_past), masked(d_phi_k, mask.to_state)
             d_value += dot(d_sum, weights, LANES)
             return to_query, to_key, d_phi_q, d_phi_k, d_value
 
         def pull(item, multiplied):
             to_query, to_key, d_phi_q, d_phi_k, d_value = multiplied
-            chunk = of_chunk(item.chunk)
+            chunk = of_chunk(item.chunk, item.sequence)
             query, key = chunk.queries[item.head], chunk.keys[item.head]
-            ring_q, ring_k = (rings.at[i, item.chunk, item.head] for i in range(2))
+            ring_q, ring_k = (rings.at[i, item.chunk, item.sequence, item.head] for i in range(2))
             gradients = (
                 _pulled(features, query, d_phi_q, to_query, ring_q),
                 _pulled(features, key, d_phi_k, to_key, ring_k),
@@ -141,11 +141,18 @@ def backward(
                 found.append(gradient.astype(dtype))
             if item.head == heads[-1]:
                 for ref, found in zip((dq, dk, dv), chunk.gradients, strict=True):
-                    put(spec, ref, chunk.tokens, found)
+                    put(ref, item.sequence, chunk.tokens, found)
 
-        items = [Item(place, head) for place in range(len(chunks)) for head in heads]
         together = max(1, _TOGETHER // spec.blocks.chunk)
-        pipelined(items, expand, multiply, weigh, multiply_others, pull, together=together)
+        pipelined(
+            items_of(spec, chunks),
+            expand,
+            multiply,
+            weigh,
+            multiply_others,
+            pull,
+            together=together,
+        )
 
     for_each_turn(spec, dtype, turn, reverse=True)
     finish(carry, d_state)
@@ -174,13 +181,13 @@ def _pulled(features, vector, d_phi, through_weights, ring):
     return features.pull(wide(vector), d_phi, ring) + features.slope_scale * through_weights
 
 
-def _gradients_of_sums(spec, d_out, out, total, tokens) -> list[jax.Array]:
+def _gradients_of_sums(spec, d_out, out, total, sequence, tokens) -> list[jax.Array]:
     """[E + ones, C] of each head, of out = numerator / total, or without `normalize` numerator / scale."""
-    d_outputs, found = take(spec, d_out, tokens), []
-    outputs = take(spec, out, tokens) if spec.normalize else None
+    d_outputs, found = take(spec, d_out, sequence, tokens), []
+    outputs = take(spec, out, sequence, tokens) if spec.normalize else None
     for h, d_output in enumerate(d_outputs):
         if spec.normalize:
-            inverse = 1 / total[0, h, :, tokens]
+            inverse = 1 / total[sequence, h, :, tokens]
             products = wide(d_output) * wide(outputs[h])
             d_total = -jnp.sum(products, axis=0, keepdims=True) * inverse
         else:

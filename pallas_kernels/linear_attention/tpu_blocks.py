@@ -6,13 +6,13 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from pallas_kernels.blocks import Shape, Sizes, Table, round_up
-from pallas_kernels.chips import matrix_width
+from pallas_kernels.chips import matrix_width, num_cores
 
 LANES = 128
 # What the blocks may take, of what the compiler may use with what it keeps beside; a core has 128 MiB.
 VMEM_BYTES = 20 * 2**20
 VMEM_LIMIT = 32 * 2**20
-# Heads fill each other's waits.
+# Of all sequences of a grid step: they fill each other's waits.
 MAX_HEADS = 8
 MAX_TOKENS = 1024
 
@@ -25,11 +25,13 @@ class Blocks:
         chunk: tokens whose weights are computed at once.
         tokens: tokens a grid step, whole chunks.
         heads: heads a grid step, a divisor of all heads.
+        sequences: sequences a grid step, a divisor of the batch.
     """
 
     chunk: int
     tokens: int
     heads: int
+    sequences: int
 
     def turns(self, dim: int) -> bool:
         """Whether the kernels take [tokens, channels], `dim` a head, as the model has them, and turn them.
@@ -68,6 +70,7 @@ def ones_rows(dtype) -> int:
 
 def blocks(
     *,
+    batch: int,
     time: int,
     heads: int,
     dim: int,
@@ -80,6 +83,7 @@ def blocks(
     """The blocks of `TABLE`, or else the largest that fit into VMEM; None where the smallest does not.
 
     Args:
+        batch: sequences.
         time: tokens.
         heads: all heads.
         dim: D of the kernel.
@@ -106,7 +110,18 @@ def blocks(
         chunk = min(sizes["chunk"], whole)
         tokens = chunk * max(1, min(sizes["tokens"], whole) // chunk)
         by_rule = {"chunk": chunk, "tokens": tokens, "heads": sizes["heads"]}
-    return Blocks(**by_rule)
+    return Blocks(**by_rule, sequences=_sequences(batch, by_rule, shape, device_kind))
+
+
+def _sequences(batch: int, sizes: Sizes, shape: Shape, device_kind: str) -> int:
+    """As many as fill up the heads of a grid step and fit into VMEM, and leave each core as much to do."""
+    cores, heads = num_cores(device_kind), sizes["heads"]
+    of_core = 1 if batch % cores else batch // cores
+    for count in range(max(1, MAX_HEADS // heads), 1, -1):
+        size = _vmem_bytes(**shape | sizes | {"heads": count * heads})
+        if of_core % count == 0 and size <= VMEM_BYTES:
+            return count
+    return 1
 
 
 def _by_rule(

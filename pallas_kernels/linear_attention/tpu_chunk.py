@@ -69,21 +69,21 @@ class Spec:
 
 
 def forward(spec: Spec, q, k, v, rows, state, out, total, last, pasts, carry, rings):
-    """One block of tokens of a few heads.
+    """One block of tokens of a few heads of a few sequences, of B and H in the shapes below.
 
     Args:
         spec: static arguments.
-        q: ref [1, H, D, T], or [1, T, H * D] where `Blocks.turns(D)`.
+        q: ref [B, H, D, T], or [B, T, H * D] where `Blocks.turns(D)`.
         k: ref like q.
-        v: ref [1, H, E, T] or [1, T, H * E], likewise.
-        rows: ref float32 [1, 4, T], `tpu.segment_rows`; None: one segment.
-        state: ref float32 [1, H, E + ones, F], before the first token; None: zeros.
+        v: ref [B, H, E, T] or [B, T, H * E], likewise.
+        rows: ref float32 [B, 4, T], `tpu.segment_rows`; None: one segment.
+        state: ref float32 [B, H, E + ones, F], before the first token; None: zeros.
         out: ref like v.
-        total: ref float32 [1, H, 1, T]: the sums of the weights.
+        total: ref float32 [B, H, 1, T]: the sums of the weights.
         last: ref like `state`, after the last token.
-        pasts: ref [1, H, chunks, E + ones, F], the states before the chunks; None: not wanted.
-        carry: scratch float32 [H, E + ones, F].
-        rings: scratch of `KernelFeatures.expand` for queries and keys of each head of a turn's chunks.
+        pasts: ref [B, H, chunks, E + ones, F], the states before the chunks; None: not wanted.
+        carry: scratch float32 [B, H, E + ones, F].
+        rings: scratch of `KernelFeatures.expand` for queries and keys of each head of each sequence of a turn's chunks.
     """
     start(carry, state)
     features, heads, dtype = spec.features, range(spec.blocks.heads), v.dtype
@@ -91,17 +91,17 @@ def forward(spec: Spec, q, k, v, rows, state, out, total, last, pasts, carry, ri
 
     def turn(chunks):
         @functools.cache
-        def of_chunk(place):
+        def of_chunk(place, sequence):
             _, tokens = chunks[place]
-            mask = chunk_mask(spec, rows, tokens, block)
-            values = [with_ones(x, mask) for x in take(spec, v, tokens)]
-            return tokens, mask, *(take(spec, x, tokens) for x in (q, k)), values, []
+            mask = chunk_mask(spec, rows, sequence, tokens, block)
+            values = [with_ones(x, mask) for x in take(spec, v, sequence, tokens)]
+            return tokens, mask, *(take(spec, x, sequence, tokens) for x in (q, k)), values, []
 
         def expand(item, _):
-            _, mask, queries, keys, *_ = of_chunk(item.chunk)
+            _, mask, queries, keys, *_ = of_chunk(item.chunk, item.sequence)
             query, key = queries[item.head], keys[item.head]
             phi_q, phi_k = (
-                features.expand(wide(x), rings.at[i, item.chunk, item.head])
+                features.expand(wide(x), rings.at[i, item.chunk, item.sequence, item.head])
                 for i, x in enumerate((query, key))
             )
             left, right = operands(features, key, query, phi_k, phi_q, dtype)
@@ -114,43 +114,49 @@ def forward(spec: Spec, q, k, v, rows, state, out, total, last, pasts, carry, ri
 
         def weigh(item, multiplied):
             products, *features_of = multiplied
-            mask = of_chunk(item.chunk)[1]
+            mask = of_chunk(item.chunk, item.sequence)[1]
             weights = where_seen(mask, features.weigh, products)
             return weights.astype(dtype), *features_of
 
         def multiply_others(item, weighed):
             weights, phi_q, phi_k = weighed
-            _, mask, *_, values, _ = of_chunk(item.chunk)
-            before = carry[item.head]
+            _, mask, *_, values, _ = of_chunk(item.chunk, item.sequence)
+            before = carry[item.sequence, item.head]
             past = before.astype(dtype)
             if pasts is not None:
-                pasts[0, item.head, chunks[item.chunk][0]] = past
+                pasts[item.sequence, item.head, chunks[item.chunk][0]] = past
             written = dot(values[item.head], phi_k, LANES)
-            carry[item.head] = masked(before, mask.keeps) + written
+            carry[item.sequence, item.head] = masked(before, mask.keeps) + written
             return dot(past, phi_q, PLAIN) + dot(values[item.head], weights, PLAIN)
 
         def divide(item, sums):
-            tokens, *_, outputs = of_chunk(item.chunk)
+            tokens, *_, outputs = of_chunk(item.chunk, item.sequence)
             dim = sums.shape[0] - ones_rows(dtype)
             total_row = sums[dim : dim + 1] + features.scale * spec.eps
             divisor = total_row if spec.normalize else features.scale
-            total[0, item.head, :, tokens] = total_row
+            total[item.sequence, item.head, :, tokens] = total_row
             outputs.append((sums[:dim] * (1 / divisor)).astype(dtype))
             if item.head == heads[-1]:
-                put(spec, out, tokens, outputs)
+                put(out, item.sequence, tokens, outputs)
 
-        items = [Item(place, head) for place in range(len(chunks)) for head in heads]
-        pipelined(items, expand, multiply, weigh, multiply_others, divide)
+        pipelined(items_of(spec, chunks), expand, multiply, weigh, multiply_others, divide)
 
     for_each_turn(spec, dtype, turn)
     finish(carry, last)
 
 
 class Item(NamedTuple):
-    """What goes through the stages: a head of a chunk, which is counted from the first of a turn."""
+    """What goes through the stages: a head of a sequence of a chunk, which is counted from the first of a turn."""
 
     chunk: int
+    sequence: int
     head: int
+
+
+def items_of(spec, chunks) -> list[Item]:
+    """Of a turn, in order."""
+    counts = len(chunks), spec.blocks.sequences, spec.blocks.heads
+    return [Item(*place) for place in np.ndindex(*counts)]
 
 
 class ChunkMask(NamedTuple):
@@ -171,7 +177,7 @@ class ChunkMask(NamedTuple):
     keeps: jax.Array | None = None
 
 
-def chunk_mask(spec, rows, tokens, block) -> ChunkMask:
+def chunk_mask(spec, rows, sequence, tokens, block) -> ChunkMask:
     length = spec.blocks.chunk
     key, query = (jax.lax.broadcasted_iota(jnp.int32, (REGISTER,) * 2, axis) for axis in (0, 1))
     in_order = key <= query
@@ -181,7 +187,7 @@ def chunk_mask(spec, rows, tokens, block) -> ChunkMask:
     valid = (position < spec.time).astype(jnp.float32)
     if rows is None:
         return ChunkMask({(i, j): in_order if i == j else None for i, j in tiles}, valid)
-    run, from_past, to_state, keeps = (rows[0, i : i + 1, tokens] for i in range(4))
+    run, from_past, to_state, keeps = (rows[sequence, i : i + 1, tokens] for i in range(4))
     # Padding is run 0, and no query is of run -1.
     of_keys = jnp.where(run == 0, -1, run)
     seen = {}
@@ -221,23 +227,23 @@ def where_seen(mask, function, *pairs):
     return jnp.concatenate(columns, axis=1)
 
 
-def take(spec, ref, tokens) -> list:
-    """[D, C] of each head, of a ref as `tpu` has it: [1, T, H * D] where blocks are turned, else [1, H, D, T]."""
+def take(spec, ref, sequence, tokens) -> list:
+    """[D, C] of each head, of a ref as `tpu` has it: [B, T, H * D] where it is turned here, else [B, H, D, T]."""
     if len(ref.shape) == 4:
-        return [ref[0, h, :, tokens] for h in range(spec.blocks.heads)]
-    turned = ref[0, tokens, :].T
+        return [ref[sequence, h, :, tokens] for h in range(spec.blocks.heads)]
+    turned = ref[sequence, tokens, :].T
     dim = turned.shape[0] // spec.blocks.heads
     return [turned[h * dim : (h + 1) * dim] for h in range(spec.blocks.heads)]
 
 
-def put(spec, ref, tokens, by_head) -> None:
+def put(ref, sequence, tokens, by_head) -> None:
     """The inverse of `take`."""
     by_head = [x.astype(ref.dtype) for x in by_head]
     if len(ref.shape) == 3:
-        ref[0, tokens, :] = jnp.concatenate(by_head, axis=0).T
+        ref[sequence, tokens, :] = jnp.concatenate(by_head, axis=0).T
         return
     for h, x in enumerate(by_head):
-        ref[0, h, :, tokens] = x
+        ref[sequence, h, :, tokens] = x
 
 
 def operands(features, key, query, phi_k, phi_q, dtype):
@@ -316,10 +322,10 @@ def for_each_turn(spec, dtype, turn, reverse=False) -> None:
 def start(carry, state) -> None:
     @pl.when(pl.program_id(2) == 0)
     def _():
-        carry[...] = jnp.zeros_like(carry) if state is None else state[0]
+        carry[...] = jnp.zeros_like(carry) if state is None else state[...]
 
 
 def finish(carry, last) -> None:
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
-        last[0] = carry[...]
+        last[...] = carry[...]

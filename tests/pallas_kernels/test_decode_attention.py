@@ -13,7 +13,7 @@ from test_attention_kernel import by_loops
 
 from pallas_kernels import attention, decode_attention, topology
 from pallas_kernels.decode_attention import IMPLEMENTATIONS, merge, tpu, xla
-from pallas_kernels.dispatch import Implementation, target
+from pallas_kernels.dispatch import Implementation
 
 PAGE = 8
 # Behind a row's length, where nothing may be read.
@@ -184,7 +184,7 @@ def test_cores_share_a_cache_without_races_or_reading_what_no_query_sees(
     rng, monkeypatch, is_paged, window
 ):
     """The interpreter raises on a page that is not there, and gives NaN for what was not written."""
-    monkeypatch.setitem(tpu.CORES, target().device_kind, 2)
+    monkeypatch.setattr(tpu, "num_cores", lambda device_kind: 2)
     params = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2, random_seed=1)
     checked = Implementation(
         functools.partial(tpu.decode_attention, interpret=params), automatic=False

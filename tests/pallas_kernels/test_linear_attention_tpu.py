@@ -237,28 +237,31 @@ def test_under_shard_map_with_keys_shared_by_all_devices(rng):
         assert relative_error(x, y) < 1e-5
 
 
-# Feature map, D, Dv.
-TYPICAL = [("taylor", 16, 64), ("identity", 128, 128), ("elu+1", 64, 64)]
+# Feature map, D, Dv, heads.
+TYPICAL = [("taylor", 16, 64, 8), ("identity", 128, 128, 8), ("elu+1", 64, 64, 8)]
 
 
 @needs_libtpu
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(
-    ("feature_map", "dim", "value_dim", "dtype", "has_segments"),
+    ("feature_map", "dim", "value_dim", "heads", "dtype", "has_segments"),
     [(*shape, "bfloat16", False) for shape in TYPICAL]
-    + [(SIGNED, 40, 56, "bfloat16", True)]
+    # Two sequences go together, of which values alone are turned.
+    + [(SIGNED, 40, 64, 4, "bfloat16", True)]
     + [
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
-            ("taylor", 16, 128, "bfloat16", False),
-            ("taylor", 16, 64, "bfloat16", True),
-            ("taylor", 16, 64, "float32", True),
-            ("softplus", 64, 64, "float32", False),
+            ("taylor", 16, 128, 8, "bfloat16", False),
+            ("taylor", 16, 64, 8, "bfloat16", True),
+            ("taylor", 16, 64, 4, "bfloat16", True),
+            ("taylor", 16, 64, 8, "float32", True),
+            ("softplus", 64, 64, 8, "float32", False),
+            (SIGNED, 40, 56, 8, "bfloat16", True),
         )
     ],
 )
-def test_compiles_for_tpu(chip, feature_map, dim, value_dim, dtype, has_segments):
-    batch, length, heads = 2, 2000, 8
+def test_compiles_for_tpu(chip, feature_map, dim, value_dim, heads, dtype, has_segments):
+    batch, length = 2, 2000
 
     def function(q, k, v, segment_ids=None):
         segment_ids = jnp.ones((batch, length), int) if has_segments else None
@@ -311,6 +314,7 @@ def test_a_chunk_is_shorter_where_the_longer_one_does_not_fit():
     def chunk(dim, device_kind="TPU v6 lite", **options):
         features = kernel_features(FEATURE_MAPS["taylor"], dim).num_features
         found = tpu_blocks.blocks(
+            batch=1,
             time=1024,
             heads=4,
             dim=dim,
@@ -324,6 +328,20 @@ def test_a_chunk_is_shorter_where_the_longer_one_does_not_fit():
 
     assert (chunk(16), chunk(80), chunk(16, "TPU v5 lite")) == (256, 128, 128)
     assert (chunk(16, chunk_size=300), chunk(80, chunk_size=256)) == (384, None)
+
+
+def test_sequences_go_together_where_heads_are_few_and_every_core_has_as_many():
+    def together(batch, heads, dim=16, device_kind="TPU v6 lite"):
+        sizes = {"time": 512, "dim": dim, "value_dim": 64, "dtype": "bfloat16"}
+        features = kernel_features(FEATURE_MAPS["taylor"], dim).num_features
+        return tpu_blocks.blocks(
+            batch=batch, heads=heads, num_features=features, device_kind=device_kind, **sizes
+        ).sequences
+
+    assert [together(12, heads) for heads in (8, 4, 3, 2, 1)] == [1, 2, 2, 4, 6]
+    assert [together(batch, 1) for batch in (1, 7, 11)] == [1, 7, 1]
+    assert [together(batch, 1, device_kind="TPU v4") for batch in (2, 4, 7)] == [1, 2, 1]
+    assert together(4, 1, dim=80) < together(4, 1, dim=16)
 
 
 @needs_libtpu
