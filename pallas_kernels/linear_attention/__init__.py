@@ -105,6 +105,7 @@ def linear_attention(
             chunk_size=chunk_size,
             normalize=normalize,
             eps=float(eps),
+            return_state=return_state or axis_name is not None,
         )
 
     if axis_name is None:

@@ -28,7 +28,9 @@ LARGEST_VALUE_DIM = 128
 GROUP = 256
 
 
-def refuses(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps) -> str | None:
+def refuses(
+    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, return_state
+) -> str | None:
     """What the kernels cannot do with these arguments or on this GPU, or None."""
     if q.dtype != jnp.bfloat16:
         return f"dtype {q.dtype}; it takes bfloat16"
@@ -38,9 +40,9 @@ def refuses(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps) ->
 
 
 def linear_attention(
-    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, interpret=False
+    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, return_state, interpret=False
 ):
-    """Returns `(out [B, T, H, Dv], LinearAttentionState)`; see the package for the arguments.
+    """Returns `(out [B, T, H, Dv], LinearAttentionState)`, wanted or not; see the package for the arguments.
 
     `chunk_size` is rounded up to whole blocks of 128 tokens. The features of the Taylor map stay in the kernels; those
     of any other map, of which there are at most 128, XLA makes before. `interpret`: True or a

@@ -5,9 +5,11 @@ import jax.numpy as jnp
 from pallas_kernels.linear_attention.state import LinearAttentionState
 
 
-def linear_attention(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps):
-    """Returns `(out [B, T, H, Dv], LinearAttentionState)`, which needs no chunks."""
-    del chunk_size
+def linear_attention(
+    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, return_state
+):
+    """Returns `(out [B, T, H, Dv], LinearAttentionState)`, which needs no chunks and has a state, wanted or not."""
+    del chunk_size, return_state
     dtype = jnp.promote_types(q.dtype, jnp.float32)
     q, k = (
         feature_map.expand(x.astype(dtype).transpose(0, 2, 3, 1)) for x in (q, k)

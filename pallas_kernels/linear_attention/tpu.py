@@ -23,7 +23,9 @@ from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like, vary_alike
 
 
-def refuses(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps) -> str | None:
+def refuses(
+    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, return_state
+) -> str | None:
     """What the kernels cannot do."""
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"q has dtype {q.dtype}; the kernels take float32 and bfloat16"
@@ -38,9 +40,9 @@ def refuses(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps) ->
 
 
 def linear_attention(
-    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, interpret=False
+    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, return_state, interpret=False
 ):
-    """Returns `(out [B, T, H, Dv], LinearAttentionState)`; see the package for the arguments.
+    """Returns `(out [B, T, H, Dv], LinearAttentionState or None)`; see the package for the arguments.
 
     A chunk is a multiple of 128 tokens: `chunk_size` is rounded up. `interpret`: as `pallas_call` takes it.
     """
@@ -48,7 +50,9 @@ def linear_attention(
     time, value_dim = v.shape[1], v.shape[3]
     features = kernel_features(feature_map, q.shape[-1])
     sizes = _blocks(q, v, feature_map, chunk_size)
-    spec = Spec(features, sizes, v.shape[2], time, normalize, eps, interpreter(interpret, q))
+    spec = Spec(
+        features, sizes, v.shape[2], time, normalize, eps, return_state, interpreter(interpret, q)
+    )
     q, k = (_to_kernel(spec, x, features.dim) for x in (q, k))
     padded_values = value_dim + -value_dim % ones_rows(v.dtype)
     v = _to_kernel(spec, v, padded_values)
@@ -56,11 +60,14 @@ def linear_attention(
     if state is not None:
         state = features.from_public(_pack(state, padded_values, ones_rows(v.dtype)))
     out, last = _linear_attention(spec, q, k, v, rows, state)
-    last = features.to_public(last)
-    kv, k_sum = last[:, :, :value_dim].swapaxes(2, 3), last[:, :, padded_values]
     by_token = (*out.shape[:2], spec.heads, padded_values)
     out = out.reshape(by_token) if sizes.turns(padded_values) else out.transpose(0, 3, 1, 2)
-    return out[:, :time, :, :value_dim], LinearAttentionState(kv, k_sum)
+    out = out[:, :time, :, :value_dim]
+    if last is None:
+        return out, None
+    last = features.to_public(last)
+    kv, k_sum = last[:, :, :value_dim].swapaxes(2, 3), last[:, :, padded_values]
+    return out, LinearAttentionState(kv, k_sum)
 
 
 def _blocks(q, v, feature_map, chunk_size):
@@ -112,29 +119,31 @@ def _pack(state, value_dim: int, ones: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear_attention(spec, q, k, v, rows, state):
-    out, _, last, _ = _call_forward(spec, q, k, v, rows, state, keeps_pasts=False)
+    out, _, last, _ = _call_forward(spec, q, k, v, rows, state, is_differentiated=False)
     return out, last
 
 
 def _forward(spec, q, k, v, rows, state):
-    out, total, last, pasts = _call_forward(spec, q, k, v, rows, state, keeps_pasts=True)
+    out, total, last, pasts = _call_forward(spec, q, k, v, rows, state, is_differentiated=True)
     out, total, pasts = keep(out, total, pasts)
     return (out, last), (q, k, v, rows, state, out, total, pasts)
 
 
-def _call_forward(spec, q, k, v, rows, state, *, keeps_pasts):
+def _call_forward(spec, q, k, v, rows, state, *, is_differentiated):
     batch, dim, time = _sizes(spec, v)
     carry = (dim + ones_rows(v.dtype), spec.features.num_features)
-    pasts = (batch, spec.heads, time // spec.blocks.chunk, *carry)
+    last = shaped_like(v, (batch, spec.heads, *carry), jnp.float32)
+    total = shaped_like(v, (batch, spec.heads, 1, time), jnp.float32)
+    pasts = shaped_like(v, (batch, spec.heads, time // spec.blocks.chunk, *carry))
     return _call(
         spec,
         tpu_chunk.forward,
         [(q, "tokens"), (k, "tokens"), (v, "tokens"), (rows, "rows"), (state, "state")],
         [
             (shaped_like(v), "tokens"),
-            (shaped_like(v, (batch, spec.heads, 1, time), jnp.float32), "by head"),
-            (shaped_like(v, (batch, spec.heads, *carry), jnp.float32), "state"),
-            (shaped_like(v, pasts) if keeps_pasts else None, "pasts"),
+            (total if is_differentiated else None, "by head"),
+            (last if spec.return_state else None, "state"),
+            (pasts if is_differentiated else None, "pasts"),
         ],
         carry,
     )
@@ -145,7 +154,10 @@ def _backward(spec, saved, cotangents):
     d_out, d_last = cotangents
     if not spec.normalize:
         out = total = None
-    d_last = d_last.swapaxes(2, 3)
+    d_last = None if d_last is None else d_last.swapaxes(2, 3)
+    *heads, _, channels, num_features = pasts.shape
+    carry = (num_features, channels)
+    d_state = shaped_like(v, (*heads, *carry), jnp.float32)
     dq, dk, dv, d_state = _call(
         spec,
         tpu_backward.backward,
@@ -164,9 +176,9 @@ def _backward(spec, saved, cotangents):
             (shaped_like(q), "tokens"),
             (shaped_like(k), "tokens"),
             (shaped_like(v), "tokens"),
-            (shaped_like(d_last), "state"),
+            (None if state is None else d_state, "state"),
         ],
-        d_last.shape[2:],
+        carry,
         reverse=True,
     )
     d_rows = None if rows is None else jnp.zeros_like(rows)

@@ -52,14 +52,14 @@ def backward(
     Args:
         spec: static arguments.
         q: as in `tpu_chunk.forward`; so are k, v, rows and pasts.
-        d_last: ref float32 [B, H, F, E + ones], the gradient of the state after the last token.
+        d_last: ref float32 [B, H, F, E + ones], the gradient of the state after the last token; None: zeros.
         d_out: ref like v.
         out: ref like v; None without `normalize`.
         total: ref float32 [B, H, 1, T]; None without `normalize`.
         dq: ref like q.
         dk: ref like k.
         dv: ref like v.
-        d_state: ref like `d_last`.
+        d_state: ref like `d_last`; None: not wanted.
         carry: scratch float32 [B, H, F, E + ones], the gradient of the state after a chunk.
         rings: as in `tpu_chunk.forward`.
     """

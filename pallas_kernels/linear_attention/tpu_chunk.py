@@ -56,6 +56,7 @@ class Spec:
         time: tokens before padding to whole blocks.
         normalize: whether sums are divided by those of the weights.
         eps: on top of these.
+        return_state: whether the state after the last token is wanted.
         interpret: as `pallas_call` has it.
     """
 
@@ -65,6 +66,7 @@ class Spec:
     time: int
     normalize: bool
     eps: float
+    return_state: bool
     interpret: bool | pltpu.InterpretParams
 
 
@@ -79,8 +81,8 @@ def forward(spec: Spec, q, k, v, rows, state, out, total, last, pasts, carry, ri
         rows: ref float32 [B, 4, T], `tpu.segment_rows`; None: one segment.
         state: ref float32 [B, H, E + ones, F], before the first token; None: zeros.
         out: ref like v.
-        total: ref float32 [B, H, 1, T]: the sums of the weights.
-        last: ref like `state`, after the last token.
+        total: ref float32 [B, H, 1, T]: the sums of the weights; None: not wanted.
+        last: ref like `state`, after the last token; None: not wanted.
         pasts: ref [B, H, chunks, E + ones, F], the states before the chunks; None: not wanted.
         carry: scratch float32 [B, H, E + ones, F].
         rings: scratch of `KernelFeatures.expand` for queries and keys of each head of each sequence of a turn's chunks.
@@ -134,7 +136,8 @@ def forward(spec: Spec, q, k, v, rows, state, out, total, last, pasts, carry, ri
             dim = sums.shape[0] - ones_rows(dtype)
             total_row = sums[dim : dim + 1] + features.scale * spec.eps
             divisor = total_row if spec.normalize else features.scale
-            total[item.sequence, item.head, :, tokens] = total_row
+            if total is not None:
+                total[item.sequence, item.head, :, tokens] = total_row
             outputs.append((sums[:dim] * (1 / divisor)).astype(dtype))
             if item.head == heads[-1]:
                 put(out, item.sequence, tokens, outputs)
@@ -326,6 +329,9 @@ def start(carry, state) -> None:
 
 
 def finish(carry, last) -> None:
+    if last is None:
+        return
+
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
         last[...] = carry[...]

@@ -22,7 +22,9 @@ from pallas_kernels.varying import vary_alike
 DTYPES = ("bfloat16", "float32")
 
 
-def refuses(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps) -> str | None:
+def refuses(
+    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, return_state
+) -> str | None:
     """What the kernels cannot do with these arguments, or None."""
     if q.dtype not in DTYPES:
         return f"dtype {q.dtype}; it takes {', '.join(DTYPES)}"
@@ -35,9 +37,9 @@ def refuses(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps) ->
 
 
 def linear_attention(
-    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, interpret=False
+    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, return_state, interpret=False
 ):
-    """Returns `(out [B, T, H, Dv], LinearAttentionState)`; see the package for the arguments.
+    """Returns `(out [B, T, H, Dv], LinearAttentionState)`, wanted or not; see the package for the arguments.
 
     A chunk is a multiple of 64 tokens: `chunk_size` is rounded up. `interpret`: run without a GPU, by Triton's
     interpreter.

@@ -41,8 +41,10 @@ class _Spec:
     eps: float
 
 
-def linear_attention(q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps):
-    """Returns `(out [B, T, H, Dv], LinearAttentionState)`; see the package for the arguments."""
+def linear_attention(
+    q, k, v, runs, state, *, feature_map, chunk_size, normalize, eps, return_state
+):
+    """Returns `(out [B, T, H, Dv], LinearAttentionState)`, wanted or not; see the package for the arguments."""
     time = q.shape[1]
     if chunk_size is None:
         chunk_size = SINGLE_CHUNK if time <= SINGLE_CHUNK and state is None else CHUNK

@@ -153,7 +153,12 @@ def test_several_steps_of_the_grid_without_races(rng, monkeypatch):
     params = pltpu.InterpretParams(detect_races=True, random_seed=1)
     segment_ids = jnp.asarray(random_segments(rng, 1, 250))
     runs = jnp.where(segment_ids > 0, 1 + segment_ids - segment_ids[segment_ids > 0].min(), 0)
-    options = {"feature_map": FEATURE_MAPS["taylor"], "chunk_size": 128, "normalize": True}
+    options = {
+        "feature_map": FEATURE_MAPS["taylor"],
+        "chunk_size": 128,
+        "normalize": True,
+        "return_state": True,
+    }
 
     def loss(q, k, v, *, interpret):
         out, state = tpu.linear_attention(
