@@ -144,15 +144,8 @@ def backward(
                     put(ref, item.sequence, chunk.tokens, found)
 
         together = max(1, _TOGETHER // spec.blocks.chunk)
-        pipelined(
-            items_of(spec, chunks),
-            expand,
-            multiply,
-            weigh,
-            multiply_others,
-            pull,
-            together=together,
-        )
+        items = items_of(spec, chunks)
+        pipelined(items, expand, multiply, weigh, multiply_others, pull, together=together)
 
     for_each_turn(spec, dtype, turn, reverse=True)
     finish(carry, d_state)

@@ -36,8 +36,7 @@ class Blocks:
     def turns(self, dim: int) -> bool:
         """Whether the kernels take [tokens, channels], `dim` a head, as the model has them, and turn them.
 
-        Where the channels of a grid step are whole registers. XLA itself has fewer than a register turned, where it can
-        choose.
+        Where the channels of a grid step are whole registers. Fewer XLA itself lays out turned, where it can choose.
         """
         return self.heads * dim % LANES == 0
 

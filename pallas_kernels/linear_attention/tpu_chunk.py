@@ -1,8 +1,8 @@
 """The forward kernel of linear attention on TPU, and what it shares with the backward.
 
-Both walk the chunks of a few heads along the last, sequential axis of their grid, with a state in VMEM scratch: the
-forward from the first chunk to the last with the state, the backward from the last to the first with the gradient of
-the state. Features are computed where they are used and never reach HBM.
+Both walk the chunks of a few heads of a few sequences along the last, sequential axis of their grid, with a state in
+VMEM scratch: the forward from the first chunk to the last with the state, the backward from the last to the first with
+the gradient of the state. Features are computed where they are used and never reach HBM.
 
 With s over the keys and t over the queries of a chunk, S and Z the state before and after it, and values v with a last
 row of ones (so that the sum of the weights comes out beside the sum of the values):
@@ -11,15 +11,15 @@ row of ones (so that the sum of the weights comes out beside the sum of the valu
     sums_t = Σ_s v_s w_st + S φ(q_t)
     Z = S + Σ_s v_s φ(k_s)ᵀ
 
-Heads are independent, and one product of one head waits for another: heads go through the stages below behind one
-another, the products of some beside the elementwise work of others, since the compiler keeps about to the order of the
-program. So heads fill each other's waits. Products with the state need no weights, but come with those of the weights
-and not before: so stages of products and of elementwise work alternate, and less waits in between.
+Heads are independent, of one sequence or of several, and one product of one head waits for another: heads go through
+the stages below behind one another, the products of some beside the elementwise work of others, since the compiler
+keeps about to the order of the program. So heads fill each other's waits. Products with the state need no weights, but
+come with those of the weights and not before: so stages of products and of elementwise work alternate, and less waits
+in between.
 
 Everything is [rows, tokens]: tokens fill the 128 lanes whatever the head dimension, and each product takes its
-operands as they lie, but for keys and values on the left of w and dw, which the compiler transposes. Where the channels
-of a block are whole registers, arrays come as the model has them and are turned here: their way through HBM would take
-longer.
+operands as they lie, but for keys and values on the left of w and dw, which the compiler transposes. Arrays with whole
+registers of channels a block come as the model has them and are turned here: their way through HBM would take longer.
 """
 
 import dataclasses
