@@ -9,8 +9,8 @@ from pallas_kernels.blocks import Shape, Sizes, Table, round_up
 from pallas_kernels.chips import matrix_width, num_cores
 
 LANES = 128
-# What the blocks may take, of what the compiler may use with what it keeps beside; a core has 128 MiB.
-VMEM_BYTES = 20 * 2**20
+# What the blocks may take, of what the compiler may use with what it keeps beside; a core has 128 MiB, one of v4 16.
+VMEM_BYTES, V4_VMEM_BYTES = 20 * 2**20, 12 * 2**20
 VMEM_LIMIT = 32 * 2**20
 # Of all sequences of a grid step: they fill each other's waits.
 MAX_HEADS = 8
@@ -118,7 +118,7 @@ def _sequences(batch: int, sizes: Sizes, shape: Shape, device_kind: str) -> int:
     of_core = 1 if batch % cores else batch // cores
     for count in range(max(1, MAX_HEADS // heads), 1, -1):
         size = _vmem_bytes(**shape | sizes | {"heads": count * heads})
-        if of_core % count == 0 and size <= VMEM_BYTES:
+        if of_core % count == 0 and size <= _budget(device_kind):
             return count
     return 1
 
@@ -138,10 +138,14 @@ def _by_rule(
             tokens = chunk * max(1, min(MAX_TOKENS, whole) // chunk)
             while tokens >= chunk:
                 size = _vmem_bytes(chunk, tokens, count, dim, value_dim, num_features, dtype)
-                if size <= VMEM_BYTES:
+                if size <= _budget(device_kind):
                     return {"chunk": chunk, "tokens": tokens, "heads": count}
                 tokens = tokens // 2 // chunk * chunk
     return None
+
+
+def _budget(device_kind: str) -> int:
+    return V4_VMEM_BYTES if device_kind == "TPU v4" else VMEM_BYTES
 
 
 def _vmem_bytes(chunk, tokens, heads, dim, value_dim, num_features, dtype) -> int:

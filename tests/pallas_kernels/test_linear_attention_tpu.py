@@ -336,8 +336,8 @@ def test_a_chunk_is_shorter_where_the_longer_one_does_not_fit():
 
 
 def test_sequences_go_together_where_heads_are_few_and_every_core_has_as_many():
-    def together(batch, heads, dim=16, device_kind="TPU v6 lite"):
-        sizes = {"time": 512, "dim": dim, "value_dim": 64, "dtype": "bfloat16"}
+    def together(batch, heads, dim=16, device_kind="TPU v6 lite", time=512):
+        sizes = {"time": time, "dim": dim, "value_dim": 64, "dtype": "bfloat16"}
         features = kernel_features(FEATURE_MAPS["taylor"], dim).num_features
         return tpu_blocks.blocks(
             batch=batch, heads=heads, num_features=features, device_kind=device_kind, **sizes
@@ -346,7 +346,9 @@ def test_sequences_go_together_where_heads_are_few_and_every_core_has_as_many():
     assert [together(12, heads) for heads in (8, 4, 3, 2, 1)] == [1, 2, 2, 4, 6]
     assert [together(batch, 1) for batch in (1, 7, 11)] == [1, 7, 1]
     assert [together(batch, 1, device_kind="TPU v4") for batch in (2, 4, 7)] == [1, 2, 1]
-    assert together(4, 1, dim=80) < together(4, 1, dim=16)
+    # A state of more features, and a core of less memory, leave room for fewer.
+    assert together(4, 1, dim=80) < together(4, 1)
+    assert [together(4, 4, device_kind=f"TPU v{n}", time=1024) for n in (4, 5)] == [1, 2]
 
 
 @needs_libtpu
