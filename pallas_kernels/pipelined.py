@@ -12,7 +12,7 @@ def pipelined(
     The compiler keeps the order of products and of what it stores and loads: with stages of neighbours in turn, one
     fills another's waits. Two or more items go `together`, since with products of two kinds in turn each matrix unit
     would get those of one kind; of short ones it takes more to fill a wait. The `first` to go may be fewer, as nothing
-    can fill their waits: the next begin sooner.
+    can fill their waits: the next begin sooner. Or more, where they fill each other's.
     """
     passed = {}
     starts = [0, *range(first or together, len(items), together)]

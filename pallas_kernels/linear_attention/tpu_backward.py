@@ -145,7 +145,8 @@ def backward(
 
         together = max(1, _TOGETHER // spec.blocks.chunk)
         items = items_of(spec, chunks)
-        pipelined(items, expand, multiply, weigh, multiply_others, pull, together=together)
+        stages = expand, multiply, weigh, multiply_others, pull
+        pipelined(items, *stages, together=together, first=2)
 
     for_each_turn(spec, dtype, turn, reverse=True)
     finish(carry, d_state)
