@@ -23,7 +23,7 @@ CASES = {
     "blocks of channels": (150, 300, 4, False, ("z", "initial_state")),
     "parts of a block": (130, 512, 3, True, ("D",)),
     "a skip, segments": (150, 128, 5, True, ("D",)),
-    "everything": (300, 140, 9, True, ("D", "z", "initial_state")),
+    "everything": (300, 100, 9, True, ("D", "z", "initial_state")),
 }
 # In float32 these are for `-m slow`.
 LONG_CASES = ("whole chunks", "blocks of channels", "a skip, segments", "everything")
