@@ -1,8 +1,8 @@
 """Attention for NVIDIA Hopper (Pallas, Mosaic GPU): the forward kernel.
 
-Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1, with one warpgroup that copies and two that compute (Shah et
-al., "FlashAttention-3", arXiv 2407.08608, algorithm 1): while one of the two is at its exponentials, the tensor cores
-are free for the products of the other.
+Dao, "FlashAttention-2", arXiv 2307.08691, algorithm 1, with two warpgroups (Shah et al., "FlashAttention-3", arXiv
+2407.08608, section 3.1): while one of the two is at its exponentials, the tensor cores are free for the products of the
+other.
 """
 
 import functools

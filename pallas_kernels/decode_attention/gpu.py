@@ -1,7 +1,7 @@
 """Attention to a cache for NVIDIA Hopper (Pallas, Mosaic GPU): the cache is read once, at the pace of the memory.
 
 Flash-Decoding (Dao et al., 2023, crfm.stanford.edu): a row's cache is divided into parts, whose softmaxes are merged
-by their log-sum-exps. One warpgroup of a block copies, two compute.
+by their log-sum-exps.
 
 The queries of a key head's group, few as they are, are the 64 rows that `wgmma` takes at least. Most of these are no
 queries; yet on an H100 (128 entries of a head, bfloat16) the two products of a tile take a quarter of the time in which

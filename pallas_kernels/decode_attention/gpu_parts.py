@@ -1,7 +1,7 @@
 """How the GPU kernel divides its work: rows of a product, keys of a tile, and the parts of a row's cache.
 
-A part is what one block reads: some tiles, which follow each other. Each of the warpgroups that compute takes its half
-of every tile and has a softmax of its own, so that they never wait for each other.
+A part is what one block reads: some tiles, which follow each other. Each of the warpgroups takes its half of every tile
+and has a softmax of its own, so that they share nothing but the room for tiles.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
 """Grouped matrix product for NVIDIA Hopper (Pallas, Mosaic GPU): two kernels.
 
 JAX ships such kernels (`jax.experimental.pallas.ops.gpu`: `ragged_dot_mgpu`, `transposed_ragged_dot_mgpu`). Not taken:
-the second asks the device at hand for its number of cores, so that it compiles for no other; it multiplies the rows of
-the neighbouring groups by 0, which NaN survives; and the same warpgroup copies and computes in both.
+the second asks the device at hand for its number of cores, so that it compiles for no other, and it multiplies the rows
+of the neighbouring groups by 0, which NaN survives.
 """
 
 import jax.numpy as jnp

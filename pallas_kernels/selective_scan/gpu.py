@@ -1,8 +1,8 @@
 """The selective scan for NVIDIA Hopper (Pallas, Mosaic GPU): states stay in registers from the first token to the last.
 
 Gu and Dao, arXiv 2312.00752, section 3.3.2: states never reach HBM, but for the one before each chunk of tokens, from
-which the backward (`gpu_backward`) computes the others again. One warpgroup copies chunks to shared memory while two
-compute, each for 64 channels; time is walked in order, and batch times channels is what runs in parallel.
+which the backward (`gpu_backward`) computes the others again. Each of two warpgroups has 64 channels; time is walked in
+order, and batch times channels is what runs in parallel.
 """
 
 import functools
