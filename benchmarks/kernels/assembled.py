@@ -30,10 +30,6 @@ from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.suite import check_names
 from pallas_kernels import topology
 
-_OP = flags.DEFINE_list("op", list(CASES), "Ops to compile.")
-_OUT = flags.DEFINE_string("out", "benchmarks/results/kernels", "Folder of the JSON.")
-_PUBLISH = flags.DEFINE_bool("publish", False, "Also write docs/GPU_KERNELS.md.")
-
 _CHIP = "h100"
 # What the figures depend on; it is nvJitLink that assembles where there is one.
 _PACKAGES = ("jax", "nvidia-nvjitlink", "nvidia-nvjitlink-cu12", "nvidia-cuda-nvcc")
@@ -160,13 +156,13 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments: {argv[1:]}")
     try:
-        report = run(_OP.value)
+        report = run(flags.FLAGS.op)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
-    out = Path(_OUT.value)
+    out = Path(flags.FLAGS.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "assembled.json").write_text(json.dumps(report, indent=2) + "\n")
-    if _PUBLISH.value:
+    if flags.FLAGS.publish:
         Path("docs/GPU_KERNELS.md").write_text(document(report))
     Console().print(_table(report["rows"]))
 
@@ -186,4 +182,7 @@ def _table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_list("op", list(CASES), "Ops to compile.")
+    flags.DEFINE_string("out", "benchmarks/results/kernels", "Folder of the JSON.")
+    flags.DEFINE_bool("publish", False, "Also write docs/GPU_KERNELS.md.")
     app.run(main)

@@ -34,7 +34,8 @@ LONG_CASES = ("whole chunks", "blocks of channels", "a skip, segments", "everyth
     [
         ("less than a chunk", "float32"),
         pytest.param("parts of a block", "float32", marks=pytest.mark.slow),
-        ("everything", "bfloat16"),
+        ("a skip, segments", "bfloat16"),
+        pytest.param("everything", "bfloat16", marks=pytest.mark.slow),
         *(pytest.param(case, "float32", marks=pytest.mark.slow) for case in LONG_CASES),
     ],
 )
