@@ -7,8 +7,6 @@ are assembled once, for the first who needs them.
 """
 
 import contextlib
-import functools
-import importlib.metadata
 import json
 import os
 import re
@@ -19,16 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from benchmarks.kernels.case import Case, flat, out_shape, program, shapes, side_by_side
+from benchmarks.kernels.case import Case, compile_pass
 from benchmarks.kernels.cases import CASES
-from benchmarks.kernels.suite import check_names
-from pallas_kernels import topology
+from benchmarks.kernels.suite import check_names, versions
 
 _CHIP = "h100"
 # What the figures depend on; it is nvJitLink that assembles where there is one.
@@ -90,9 +86,8 @@ def run(ops: Sequence[str]) -> dict[str, Any]:
             for measured in case.work
             for kernel in _kernels(case, measured, folder)
         ]
-    found = {package.name for package in importlib.metadata.distributions()}
-    versions = {name: importlib.metadata.version(name) for name in _PACKAGES if name in found}
-    return {"chip": _CHIP, "versions": versions, "rows": rows}
+    found = {name: version for name, version in versions(*_PACKAGES).items() if version}
+    return {"chip": _CHIP, "versions": found, "rows": rows}
 
 
 @contextlib.contextmanager
@@ -113,13 +108,9 @@ def _dumps() -> Iterator[Path]:
 
 
 def _kernels(case: Case, measured: str, dump: Path) -> list[dict[str, Any]]:
-    own = [contender for contender in case.contenders if contender.name == "gpu"]
-    inputs = shapes(case, jnp.bfloat16)
-    for contender in own:
-        with jax.set_mesh(topology.mesh(_CHIP)):
-            d_out = jax.eval_shape(side_by_side, out_shape(contender, inputs))
-        flat_inputs = jax.eval_shape(functools.partial(flat, case), inputs)
-        topology.compile_for(_CHIP, program(case, contender, measured), flat_inputs, d_out)
+    for contender in case.contenders:
+        if contender.name == "gpu":
+            compile_pass(case, contender, measured, _CHIP)
     said: dict[str, dict[str, str]] = {"ptxas": {}, "resources.txt": {}}
     for path in sorted(dump.iterdir()):
         if name := _DUMP.fullmatch(path.name):
@@ -133,13 +124,13 @@ def _kernels(case: Case, measured: str, dump: Path) -> list[dict[str, Any]]:
 
 def document(report: dict[str, Any]) -> str:
     """The page of what `run` returns."""
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     named = [
         [row[key] for key in ("op", "shape", "pass", "kernel")] + _figures(row)
         for row in report["rows"]
     ]
     lines = "".join(f"| {' | '.join(cells)} |\n" for cells in named)
-    return _PAGE.format(lines=lines, versions=versions)
+    return _PAGE.format(lines=lines, versions=packages)
 
 
 def _figures(row: dict[str, Any]) -> list[str]:

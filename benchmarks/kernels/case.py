@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks.kernels.roofline import Work
+from pallas_kernels import topology
 from pallas_kernels.bundles import Kernel
 from pallas_kernels.dispatch import Implementation
 
@@ -105,6 +106,15 @@ def program(case: Case, contender: Contender, measured: str) -> Callable:
 
     like = shapes(case, jnp.float32)
     return run
+
+
+def compile_pass(case: Case, contender: Contender, measured: str, chip: str) -> jax.stages.Compiled:
+    """Compiles a pass in bfloat16 for a chip that is not here, as `pallas_kernels.topology` names it."""
+    inputs = shapes(case, jnp.bfloat16)
+    with jax.set_mesh(topology.mesh(chip)):
+        d_out = jax.eval_shape(side_by_side, out_shape(contender, inputs))
+    inputs = jax.eval_shape(functools.partial(flat, case), inputs)
+    return topology.compile_for(chip, program(case, contender, measured), inputs, d_out)
 
 
 def flat(case: Case, inputs: dict) -> dict:

@@ -6,20 +6,15 @@ answered by a line of JSON.
 """
 
 import dataclasses
-import functools
 import json
 import os
 import re
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
-
-from benchmarks.kernels.case import Contender, flat, out_shape, program, shapes, side_by_side
+from benchmarks.kernels.case import Contender, compile_pass
 from benchmarks.kernels.cases import CASES
 from benchmarks.kernels.schedules import BUNDLES, UTILIZATION, Job
-from pallas_kernels import topology
 from pallas_kernels.blocks import decided_by
 from pallas_kernels.bundles import Kernel, read_kernel
 
@@ -50,13 +45,8 @@ def _schedule(dump: Path, job: Job) -> dict:
         path.unlink()
     case = next(case for case in CASES[job.op](False) if case.shape == job.shape)
     contender = next(x for x in case.contenders if x.name == job.contender)
-    inputs = shapes(case, jnp.bfloat16)
     with decided_by(job.decide):
-        with jax.set_mesh(topology.mesh(job.chip)):
-            d_out = jax.eval_shape(side_by_side, out_shape(contender, inputs))
-        inputs = jax.eval_shape(functools.partial(flat, case), inputs)
-        run = program(case, contender, job.measured)
-        compiled = topology.compile_for(job.chip, run, inputs, d_out)
+        compiled = compile_pass(case, contender, job.measured, job.chip)
     vmem = _vmem_of_kernels(compiled.as_text())
     ops = {op.name: op for op in _ops(dump)}
     kernels = [_with_steps(ops[name], contender) for name in vmem]

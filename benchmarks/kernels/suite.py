@@ -61,7 +61,7 @@ def run(
         "device_kind": device.device_kind,
         "dtype": dtype.name,
         "not_run": [platform for platform in PLATFORMS if platform != device.platform],
-        "versions": _versions("jax", "libtpu"),
+        "versions": versions("jax", "libtpu"),
         "chips": list(chips),
         "rows": rows,
     }
@@ -122,7 +122,8 @@ def _static(case: Case, measured: str, chip: str, compiled: dict | None) -> dict
     }
 
 
-def _versions(*packages: str) -> dict[str, str | None]:
+def versions(*packages: str) -> dict[str, str | None]:
+    """Of each package, None where it is not installed."""
     found = {}
     for package in packages:
         try:

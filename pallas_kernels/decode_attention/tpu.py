@@ -336,7 +336,7 @@ def _visited(spec: _Spec, pages: list[_Page], q, of_rows, of_columns, before):
     highest, totals, values = before
     # All pages at once, so that their products do not wait for each other.
     logits = [_logits(spec, q[page.row], page, of_rows, of_columns) for page in pages]
-    maxima = _of_rows(spec, [x.max(axis=1, keepdims=True) for x in logits], jnp.maximum)
+    maxima = _by_row(spec, [x.max(axis=1, keepdims=True) for x in logits], jnp.maximum)
     now = jnp.maximum(maxima, highest)
     weights = [jnp.exp2(x - now[page.row]) for x, page in zip(logits, pages, strict=True)]
     sums = [x.sum(axis=1, keepdims=True) for x in weights]
@@ -347,12 +347,12 @@ def _visited(spec: _Spec, pages: list[_Page], q, of_rows, of_columns, before):
     rescale = jnp.exp2(highest - now)
     return (
         now,
-        totals * rescale + _of_rows(spec, sums, jnp.add),
-        values * rescale + _of_rows(spec, products, jnp.add),
+        totals * rescale + _by_row(spec, sums, jnp.add),
+        values * rescale + _by_row(spec, products, jnp.add),
     )
 
 
-def _of_rows(spec: _Spec, of_pages, merge_pages):
+def _by_row(spec: _Spec, of_pages, merge_pages):
     """Merges what there is of each page, [rows, ...] -> [batch_rows, rows, ...]."""
     starts = range(0, len(of_pages), spec.pages)
     return jnp.stack([functools.reduce(merge_pages, of_pages[i : i + spec.pages]) for i in starts])

@@ -25,7 +25,6 @@ from pallas_kernels.linear_attention import gpu_tile
 from pallas_kernels.linear_attention.gpu_tile import (
     AS_KEY,
     AS_QUERY,
-    BLOCK,
     COLUMNS,
     FROM_PAST,
     TO_STATE,
@@ -108,22 +107,10 @@ def _query_kernel(
     """A block: the queries [BLOCK, Dx] of a head, the keys of its group up to them -> dq̂ [BLOCK, Dx]."""
     q, k, v, u, d_total, state, sums, selectors, rows = inputs
     block = gpu_tile.Block.here(spec)
-    past_tiles = spec.tiles_of_past(block.group)
-    num_tiles = block.own + BLOCK // COLUMNS - block.first
     warpgroup = jax.lax.axis_index("warpgroup")
-
-    def pieces_of_past(tile):
-        return gpu_tile.state_pieces(spec, state, sums, selectors, block, tile)
-
-    def pieces(i):
-        columns = pl.ds((block.first + i) * COLUMNS, COLUMNS)
-        yield k.at[block.batch, columns, block.head]
-        yield v.at[block.batch, columns, block.head]
-        if rows is not None:
-            yield rows.at[block.batch, AS_KEY, columns]
-
-    past = past_ring.start(past_tiles, pieces_of_past)
-    tiles = ring.start(num_tiles, pieces)
+    past_tiles = spec.tiles_of_past(block.group)
+    past = gpu_tile.start_state(past_ring, spec, past_tiles, state, sums, selectors, block)
+    tiles = gpu_tile.start_keys(ring, block, k, v, rows)
 
     own = block.rows(warpgroup)
     q_tile, u_tile, stage = (
@@ -178,12 +165,8 @@ def _key_value_kernel(
     """A block: the keys [BLOCK, Dx] of a head, the queries of its group from them on -> dk̂ [BLOCK, Dx] and dv."""
     q, k, v, u, d_total, state, sums, selectors, rows = inputs
     block = gpu_tile.Block.here(spec)
-    state_tiles = spec.features.tiles
     num_tiles = block.stop - block.own
     warpgroup = jax.lax.axis_index("warpgroup")
-
-    def pieces_of_state(tile):
-        return gpu_tile.state_pieces(spec, state, sums, selectors, block, tile)
 
     def pieces(i):
         columns = pl.ds((block.own + i) * COLUMNS, COLUMNS)
@@ -193,7 +176,9 @@ def _key_value_kernel(
         if rows is not None:
             yield rows.at[block.batch, AS_QUERY, columns]
 
-    states = state_ring.start(state_tiles, pieces_of_state)
+    states = gpu_tile.start_state(
+        state_ring, spec, spec.features.tiles, state, sums, selectors, block
+    )
     tiles = ring.start(num_tiles, pieces)
 
     own = block.rows(warpgroup)

@@ -9,13 +9,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.hopper import ROWS, WARPGROUPS, along
 from pallas_kernels.linear_attention import gpu_tile
-from pallas_kernels.linear_attention.gpu_tile import AS_KEY, AS_QUERY, COLUMNS, FROM_PAST, Spec
+from pallas_kernels.linear_attention.gpu_tile import AS_QUERY, COLUMNS, FROM_PAST, Spec
 
 
 def outputs(spec: Spec, q, k, v, rows, state, sums):
@@ -56,22 +55,10 @@ def _kernel(spec: Spec, has_rows: bool, q, k, v, state, sums, selectors, *rest):
     rows = rest[0] if has_rows else None
     out, total_out, q_tiles, q_filled, weight_tiles, staged, past_ring, ring = rest[has_rows:]
     block = gpu_tile.Block.here(spec)
-    past_tiles = spec.tiles_of_past(block.group)
-    num_tiles = block.own + gpu_tile.BLOCK // COLUMNS - block.first
     warpgroup = jax.lax.axis_index("warpgroup")
-
-    def pieces_of_past(tile):
-        return gpu_tile.state_pieces(spec, state, sums, selectors, block, tile)
-
-    def pieces(i):
-        columns = pl.ds((block.first + i) * COLUMNS, COLUMNS)
-        yield k.at[block.batch, columns, block.head]
-        yield v.at[block.batch, columns, block.head]
-        if has_rows:
-            yield rows.at[block.batch, AS_KEY, columns]
-
-    past = past_ring.start(past_tiles, pieces_of_past)
-    tiles = ring.start(num_tiles, pieces)
+    past_tiles = spec.tiles_of_past(block.group)
+    past = gpu_tile.start_state(past_ring, spec, past_tiles, state, sums, selectors, block)
+    tiles = gpu_tile.start_keys(ring, block, k, v, rows)
 
     own = block.rows(warpgroup)
     q_tile, weight_tile = q_tiles.at[warpgroup], weight_tiles.at[warpgroup]

@@ -117,14 +117,33 @@ def pulled(entries, d_products, matrices, staged):
     return total
 
 
-def state_pieces(spec: Spec, state, sums, selectors, block: Block, tile):
-    """A tile of the ring below, in HBM."""
-    features = pl.ds(tile * spec.features.tile, spec.features.tile)
+def start_state(
+    ring: hopper.Ring, spec: Spec, num_tiles, state, sums, selectors, block: Block
+) -> hopper.Tiles:
+    """The state that a block meets, through a ring as `state_ring` makes it."""
     at = (block.batch, block.group, block.head)
-    yield state.at[*at, features]
-    yield sums.at[*at, features]
-    for i in range(spec.features.matrices):
-        yield selectors.at[i, :, features]
+
+    def pieces(tile):
+        features = pl.ds(tile * spec.features.tile, spec.features.tile)
+        yield state.at[*at, features]
+        yield sums.at[*at, features]
+        for i in range(spec.features.matrices):
+            yield selectors.at[i, :, features]
+
+    return ring.start(num_tiles, pieces)
+
+
+def start_keys(ring: hopper.Ring, block: Block, k, v, rows) -> hopper.Tiles:
+    """Keys and values of a block's group up to its own, and where there are `rows`, the keys' runs."""
+
+    def pieces(i):
+        columns = pl.ds((block.first + i) * COLUMNS, COLUMNS)
+        yield k.at[block.batch, columns, block.head]
+        yield v.at[block.batch, columns, block.head]
+        if rows is not None:
+            yield rows.at[block.batch, AS_KEY, columns]
+
+    return ring.start(block.own + BLOCK // COLUMNS - block.first, pieces)
 
 
 def state_ring(spec: Spec, values: int) -> hopper.Ring:
