@@ -26,6 +26,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     LOG2_E,
     SLOTS,
     STEP,
+    STEPS_OF_A_REGISTER,
     SUBLANES,
     VMEM_LIMIT,
     Blocks,
@@ -40,7 +41,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     row,
     rows_of_steps,
     stack,
-    step_tokens,
+    states_of_steps,
     widened,
 )
 from pallas_kernels.tpu_call import tpu_call
@@ -48,6 +49,8 @@ from pallas_kernels.varying import interpreter, shaped_like
 
 # A chunk of states has to fit into VMEM.
 MOST_STATES = 64
+# Steps in a trip for an interpreter: long code is but long to compile.
+INTERPRETED_STEPS = SLOTS
 
 
 def refuses(u, delta, A, B, C, D, z, resets, state) -> str | None:
@@ -89,10 +92,12 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False, d
     )
     chunk = chunk_tokens(time=u.shape[1], channels=block, itemsize=u.dtype.itemsize)
     unrolled = unrolled_steps(
-        chunk // STEP, least=SLOTS, block_states=block * A.shape[0], itemsize=u.dtype.itemsize
+        chunk // STEP,
+        least=STEPS_OF_A_REGISTER,
+        block_states=block * A.shape[0],
+        itemsize=u.dtype.itemsize,
     )
-    # For an interpreter long code is but long to compile.
-    unrolled = SLOTS if interpret else unrolled
+    unrolled = INTERPRETED_STEPS if interpret else unrolled
     spec = Spec(
         block,
         chunk,
@@ -144,7 +149,11 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
             shaped_like(u, state.shape, jnp.float32),
             pasts if keeps_pasts else None,
         ),
-        scratch_shapes=(*[rows_of_steps(spec)] * 2, columns_of_steps(states)),
+        scratch_shapes=(
+            *[rows_of_steps(spec)] * 2,
+            columns_of_steps(states),
+            states_of_steps(states, u.dtype),
+        ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
@@ -158,8 +167,9 @@ _scan.defvjp(_forward, tpu_backward.backward)
 
 
 def _kernel(
-    spec, u, delta, A, B, C, D, z, resets, initial, y, state, past, steps, inputs, to_state
-):
+    spec, u, delta, A, B, C, D, z, resets, initial, y, state, past,
+    steps, inputs, to_state, from_state,
+):  # fmt: skip
     """One chunk of one block of channels. The block of the last state holds the present one from chunk to chunk."""
 
     @pl.when(pl.program_id(2) == 0)
@@ -169,30 +179,27 @@ def _kernel(
     base2_A = A[...] * LOG2_E
     rounded = u.dtype == jnp.bfloat16
 
-    def prepare(index, slot):
-        tokens = step_tokens(index)
-        step = delta[tokens].astype(jnp.float32)
-        steps[slot] = step
-        inputs[slot] = step * u[tokens].astype(jnp.float32)
-        to_state[slot] = columns(B, index)
+    def prepare(at):
+        step = delta[at.tokens].astype(jnp.float32)
+        steps[at.slot] = step
+        inputs[at.slot] = step * u[at.tokens].astype(jnp.float32)
+        to_state[at.slot], from_state[at.slot] = columns(B, at), by_state(C[at.tokens])
 
-    def advance(index, slot):
-        tokens = step_tokens(index)
-        from_state = by_state(C[tokens])
+    def advance(at):
         for part in spec.parts():
             h, passed = state[:, part], []
             if past is not None:
-                past[index, :, part] = h.astype(past.dtype)
+                past[at.index, :, part] = h.astype(past.dtype)
             for t in range(STEP):
-                kept = decay(row(steps, slot, t, part) * base2_A[:, part], resets, STEP * index + t)
-                h = kept * h + row(inputs, slot, t, part) * widened(to_state[slot, t], part)
+                kept = decay(row(steps, at, t, part) * base2_A[:, part], resets, at, t)
+                h = kept * h + row(inputs, at, t, part) * widened(to_state[at.slot, t], part)
                 passed.append(h)
             state[:, part] = h
-            total = dot(from_state, stack(passed), rounded=rounded)
+            total = dot(from_state[at.slot], stack(passed), rounded=rounded)
             if D is not None:
-                total += D[:, part] * u[tokens, part].astype(jnp.float32)
+                total += D[:, part] * u[at.tokens, part].astype(jnp.float32)
             if z is not None:
-                total *= jax.nn.silu(z[tokens, part].astype(jnp.float32))
-            y[tokens, part] = total.astype(y.dtype)
+                total *= jax.nn.silu(z[at.tokens, part].astype(jnp.float32))
+            y[at.tokens, part] = total.astype(y.dtype)
 
     for_each_step(spec, prepare, advance)

@@ -31,9 +31,11 @@ from pallas_kernels.selective_scan.tpu_tile import (
     LOG2_E,
     SLOTS,
     STEP,
+    STEPS_OF_A_REGISTER,
     VMEM_LIMIT,
     Blocks,
     Spec,
+    Step,
     by_state,
     columns,
     columns_of_steps,
@@ -41,11 +43,12 @@ from pallas_kernels.selective_scan.tpu_tile import (
     dot,
     in_columns,
     in_lanes,
+    lane_of,
     of_own,
     row,
     rows_of_steps,
     stack,
-    step_tokens,
+    states_of_steps,
     sums,
     widened,
 )
@@ -111,7 +114,7 @@ def backward(spec: Spec, saved, cotangents):
             *[rows_of_steps(spec)] * 3,
             rows_of_steps(spec, jnp.uint32) if spec.narrow else None,
             *[columns_of_steps(states)] * 2,
-            *[pltpu.VMEM((SLOTS, STEP, STEP * states), jnp.float32)] * 2,
+            *[states_of_steps(states, jnp.float32)] * 2,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -156,20 +159,19 @@ def _kernel(
         steps, inputs, d_reads, narrow_inputs, from_state,
     )  # fmt: skip
 
-    def prepare(index, slot):
-        tokens = step_tokens(index)
-        step = _step(delta[tokens])
-        taken = step * _wide(u[tokens])
-        steps[slot], inputs[slot] = step, taken
+    def prepare(at):
+        step = _step(delta[at.tokens])
+        taken = step * _wide(u[at.tokens])
+        steps[at.slot], inputs[at.slot] = step, taken
         if spec.narrow:
-            narrow_inputs[slot] = _twice_in_bfloat16(taken)
-        d_read = _wide(d_y[tokens])
-        d_reads[slot] = d_read if z is None else d_read * jax.nn.silu(_wide(z[tokens]))
-        to_state[slot], from_state[slot] = columns(B_columns, index), columns(C_columns, index)
+            narrow_inputs[at.slot] = _twice_in_bfloat16(taken)
+        d_read = _wide(d_y[at.tokens])
+        d_reads[at.slot] = d_read if z is None else d_read * jax.nn.silu(_wide(z[at.tokens]))
+        to_state[at.slot], from_state[at.slot] = columns(B_columns, at), columns(C_columns, at)
 
-    def finish(index, slot):
-        d_B[step_tokens(index)] = of_own(products_B[slot], dtype, reverse=True)
-        d_C[step_tokens(index)] = of_own(products_C[slot], dtype)
+    def finish(at):
+        d_B[at.tokens] = of_own(products_B[at.slot], dtype, reverse=True)
+        d_C[at.tokens] = of_own(products_C[at.slot], dtype)
 
     _for_each_step(spec, B, prepare, way_out, way_back, finish, products_B, products_C)
 
@@ -179,43 +181,45 @@ def _for_each_step(spec, B, prepare, way_out, way_back, finish, products_B, prod
     ahead of it, and finished after the next, as in `for_each_step`.
     """
     count, parts = spec.chunk // STEP, spec.parts(spec.matrix_width)
+    unrolled = min(spec.unrolled, STEPS_OF_A_REGISTER)
 
-    def number(i):
+    def at(trip, place):
         # After the last comes the first again, and before the first the last, for nothing.
-        return count - 1 - (i + count) % count
+        index = count - 1 - (unrolled * trip + place + count) % count
+        return Step(index, place % SLOTS, lane_of(-1 - place if spec.whole_registers else index))
 
     def trip(i, _):
         waiting = []
 
-        def back(j, part, writing, left, to_B):
-            to_B.append(way_back(number(spec.unrolled * i + j), j % SLOTS, part, writing, left))
+        def back(place, part, writing, left, to_B):
+            to_B.append(way_back(at(i, place), part, writing, left))
             if len(to_B) == len(parts):
-                products_B[j % SLOTS] = _over_channels(spec, sum(to_B), B.dtype)
-                finish(number(spec.unrolled * i + j - 1), (j - 1) % SLOTS)
+                products_B[at(i, place).slot] = _over_channels(spec, sum(to_B), B.dtype)
+                finish(at(i, place - 1))
 
-        for j in range(spec.unrolled):
-            index, slot = number(spec.unrolled * i + j), j % SLOTS
-            prepare(number(spec.unrolled * i + j + 1), (j + 1) % SLOTS)
-            writing = by_state(B[step_tokens(index)], reverse=True)
+        for place in range(unrolled):
+            now = at(i, place)
+            prepare(at(i, place + 1))
+            writing = by_state(B[now.tokens], reverse=True)
             to_B, to_C = [], 0
             for part in parts:
-                left, read = way_out(index, slot, part)
+                left, read = way_out(now, part)
                 to_C += read
-                waiting.append((j, part, writing, left, to_B))
+                waiting.append((place, part, writing, left, to_B))
                 if len(waiting) > PARTS_AHEAD:
                     back(*waiting.pop(0))
-            products_C[slot] = to_C
+            products_C[now.slot] = to_C
         for part in waiting:
             back(*part)
 
-    prepare(number(0), 0)
-    jax.lax.fori_loop(0, count // spec.unrolled, trip, None)
-    finish(number(count - 1), (count - 1) % SLOTS)
+    prepare(at(0, 0))
+    jax.lax.fori_loop(0, count // unrolled, trip, None)
+    finish(at(0, -1))
 
 
 def _way_out(
     spec, u, base2_A, C, D, z, resets, past, d_y, d_z,
-    steps, inputs, d_reads, to_state, index, slot, part,
+    steps, inputs, d_reads, to_state, at, part,
 ):  # fmt: skip
     """The states of a part in a step, and with them the gradients of z and, which is returned, of C.
 
@@ -223,14 +227,14 @@ def _way_out(
         What is left of each token for the way back: decay and what p is a multiple of, or else the state before it;
         the products over channels for the gradient of C.
     """
-    tokens, rounded = step_tokens(index), u.dtype == jnp.bfloat16
-    h, passed, left = _wide(past[index, :, part]), [], []
+    tokens, rounded = at.tokens, u.dtype == jnp.bfloat16
+    h, passed, left = _wide(past[at.index, :, part]), [], []
     for t in range(STEP):
-        exponent = row(steps, slot, t, part) * base2_A[:, part]
-        kept = decay(exponent, resets, STEP * index + t)
+        exponent = row(steps, at, t, part) * base2_A[:, part]
+        kept = decay(exponent, resets, at, t)
         before, h = h, kept * h
         left.append((kept, (h * exponent).astype(u.dtype)) if spec.narrow else before)
-        h += row(inputs, slot, t, part) * widened(to_state[slot, t], part)
+        h += row(inputs, at, t, part) * widened(to_state[at.slot, t], part)
         passed.append(h)
     passed = stack(passed)
     if z is not None:
@@ -241,17 +245,17 @@ def _way_out(
         half = jax.nn.sigmoid(gate)
         d_gate = _wide(d_y[tokens, part]) * ungated * half * (1 + gate * (1 - half))
         d_z[tokens, part] = d_gate.astype(d_z.dtype)
-    return left, dot(d_reads[slot, :, part], passed, LAST, rounded=rounded)
+    return left, dot(d_reads[at.slot, :, part], passed, LAST, rounded=rounded)
 
 
 def _way_back(
     spec, u, base2_A, D, resets, d_u, d_delta, d_A, d_D, adjoint,
-    steps, inputs, d_reads, narrow_inputs, from_state, index, slot, part, writing, left,
+    steps, inputs, d_reads, narrow_inputs, from_state, at, part, writing, left,
 ):  # fmt: skip
     """The adjoints of a part's states in a step, and the gradients that are sums of them.
 
     Args:
-        index, slot, part: of the step; where its rows and columns are; the channels.
+        at, part: the step and the channels.
         writing: `by_state` of B.
         left: what `_way_out` left.
 
@@ -261,30 +265,30 @@ def _way_back(
     dtype, rounded, num_states = u.dtype, u.dtype == jnp.bfloat16, base2_A.shape[0]
     g, passed, by_exponents, written = adjoint[:, part], [], [], []
     for t in reversed(range(STEP)):
-        g += widened(from_state[slot, t], part) * row(d_reads, slot, t, part)
+        g += widened(from_state[at.slot, t], part) * row(d_reads, at, t, part)
         if spec.narrow:
             kept, factor = left[t]
             passed.append(g.astype(dtype))
             by_exponents.append(passed[-1] * factor)
-            taken = _in_bfloat16(row(narrow_inputs, slot, t, part), num_states)
+            taken = _in_bfloat16(row(narrow_inputs, at, t, part), num_states)
             written.append(in_lanes(passed[-1] * taken))
             g *= kept
         else:
             passed.append(g)
-            exponent = row(steps, slot, t, part) * base2_A[:, part]
-            g *= decay(exponent, resets, STEP * index + t)
+            exponent = row(steps, at, t, part) * base2_A[:, part]
+            g *= decay(exponent, resets, at, t)
             by_exponents.append(g * left[t] * exponent)
     adjoint[:, part] = g
     # The adjoints go into two products and are converted once; the others are rounded by the matrix unit.
     passed, by_exponents = stack(passed).astype(dtype), stack(by_exponents)
-    tokens, step, taken = step_tokens(index), steps[slot, :, part], inputs[slot, :, part]
+    tokens, step, taken = at.tokens, steps[at.slot, :, part], inputs[at.slot, :, part]
     for_decay = sums(num_states, reverse=True).astype(jnp.float32)
     both = dot(for_decay, by_exponents, rounded=rounded)
     to_B = stack(written) if spec.narrow else dot(taken.astype(dtype), passed, LAST)
     d_write = dot(writing, passed)
     to_u = d_write * step
     if D is not None:
-        d_read = d_reads[slot, :, part]
+        d_read = d_reads[at.slot, :, part]
         to_u += D[:, part] * d_read
         d_skip = d_read * _wide(u[tokens, part])
         d_D[:, part] += jnp.sum(d_skip, axis=0, keepdims=True)

@@ -11,8 +11,8 @@ MOST_CHANNELS = 1024
 MOST_STATES = 2**15
 # Of a chunk of u.
 MOST_BYTES = 3 * 2**19
-# Bytes of a step's states, as if they were of the dtype of u, that may be unrolled.
-MOST_UNROLLED = 3 * 2**16
+# Bytes of states, as if they were of the dtype of u, that a trip of the forward may go through.
+MOST_UNROLLED = 3 * 2**17
 
 
 def _flaw(sizes: Sizes, shape: Shape) -> str | None:

@@ -31,8 +31,10 @@ LOG2_E = 1.4426950408889634
 # Blocks of a chunk in the backward, rows of it and what is spilled take 28 MiB for 1024 tokens of 768 channels in
 # bfloat16 with gate and skip; float32 products, whose operands the compiler splits, spill up to 11 more.
 VMEM_LIMIT = 48 * 2**20
-# Steps that may be at hand: the trips of a loop are of so many steps, or a multiple, which each have a slot.
+# Steps that may be at hand, which each have a slot.
 SLOTS = 4
+# Steps whose columns are in one register.
+STEPS_OF_A_REGISTER = LANES // STEP
 # Channels whose states are in registers together.
 MOST_IN_REGISTERS = 2 * LANES
 # Of a block, for which the vector unit has more to do with each column than the unit that spreads it.
@@ -46,7 +48,8 @@ class Spec:
     Attributes:
         channels: channels a block, a multiple of 128.
         chunk: tokens a grid step, a multiple of 128: B and C have tokens on lanes.
-        unrolled: steps in a trip of the loops over a chunk's, a multiple of `SLOTS` that divides their number.
+        unrolled: steps in a trip of the loop over a chunk's, a multiple of `SLOTS` that divides their number; in the
+            backward no more than `STEPS_OF_A_REGISTER`.
         matrix_width: rows and columns of a matrix unit, 128 or 256.
         narrow: whether what only goes into sums is bfloat16 in the vector unit of the backward, too.
         interpret: as `pallas_call` has it.
@@ -58,6 +61,14 @@ class Spec:
     matrix_width: int
     narrow: bool
     interpret: object
+
+    @property
+    def whole_registers(self) -> bool:
+        """Whether it is known when a loop is compiled where in a register a step of a trip has its columns.
+
+        The TPU's compiler wants to know: a rotation to lanes that are known would be waited for.
+        """
+        return self.unrolled % STEPS_OF_A_REGISTER == 0
 
     def parts(self, most: int = MOST_IN_REGISTERS) -> list[slice]:
         """Of a block, the channels that go through a step in time together, beside what it needs of them.
@@ -94,27 +105,50 @@ class Blocks:
         )
 
 
-def step_tokens(index):
-    """The tokens of a step, to index refs with."""
-    return pl.ds(pl.multiple_of(STEP * index, STEP), STEP)
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A step of a chunk.
+
+    Attributes:
+        index: its number, which may be known at run time only.
+        slot: where a stage leaves what it has to the next.
+        lane: of its first token in a register of columns.
+    """
+
+    index: object
+    slot: int
+    lane: object
+
+    @property
+    def tokens(self):
+        """Its tokens, to index refs with."""
+        return pl.ds(pl.multiple_of(STEP * self.index, STEP), STEP)
+
+
+def lane_of(index):
+    """Of the first token of a step; modulo `STEPS_OF_A_REGISTER` its index will do."""
+    return STEP * index % LANES
 
 
 def for_each_step(spec: Spec, prepare, advance) -> None:
-    """Takes the steps of a chunk through its stages, each called with the number of a step and its slot, for what a
-    stage leaves to the next.
+    """Takes the steps of a chunk through its stages, each called with a `Step`.
 
-    A step is prepared before the one ahead of it advances, since columns take long to come to their lanes. As many
+    A step is prepared before the one ahead of it advances, since products and columns take long to come back. As many
     steps as `spec` says are unrolled: at the end of a trip the last products are waited for.
     """
     count = spec.chunk // STEP
 
-    def trip(i, _):
-        for j in range(spec.unrolled):
-            # After the last comes the first again, for nothing.
-            prepare((spec.unrolled * i + j + 1) % count, (j + 1) % SLOTS)
-            advance(spec.unrolled * i + j, j % SLOTS)
+    def at(trip, place):
+        # After the last comes the first again, for nothing.
+        index = (spec.unrolled * trip + place) % count
+        return Step(index, place % SLOTS, lane_of(place if spec.whole_registers else index))
 
-    prepare(0, 0)
+    def trip(i, _):
+        for place in range(spec.unrolled):
+            prepare(at(i, place + 1))
+            advance(at(i, place))
+
+    prepare(at(0, 0))
     jax.lax.fori_loop(0, count // spec.unrolled, trip, None)
 
 
@@ -197,14 +231,19 @@ def rows_of_steps(spec: Spec, dtype=jnp.float32):
     return pltpu.VMEM((SLOTS, STEP, spec.channels), dtype)
 
 
+def states_of_steps(states: int, dtype):
+    """Scratch for what has all states of the tokens of a step in its columns, of the steps in all slots."""
+    return pltpu.VMEM((SLOTS, STEP, STEP * states), dtype)
+
+
 def columns_of_steps(states: int):
     """Scratch for `columns` of the steps in all slots."""
     return pltpu.VMEM((SLOTS, STEP, states, LANES), jnp.float32)
 
 
-def row(ref, slot: int, t: int, part: slice):
+def row(ref, at: Step, t: int, part: slice):
     """Token t of a step: [1, part]."""
-    return ref[slot, t : t + 1, part]
+    return ref[at.slot, t : t + 1, part]
 
 
 def widened(column, part: slice):
@@ -217,10 +256,12 @@ def in_lanes(x):
     return sum(x[:, i : i + LANES] for i in range(0, x.shape[1], LANES))
 
 
-def decay(exponent, resets, t):
-    """2 ** exponent [N, part], 0 where the state is emptied before token t; the exponent is Δ_t A / ln 2."""
+def decay(exponent, resets, at: Step, t: int):
+    """2 ** exponent [N, part], 0 where the state is emptied before token t of a step; the exponent is Δ_t A / ln 2."""
     kept = jnp.exp2(exponent)
-    return kept if resets is None else kept * (1 - resets[0, t]).astype(jnp.float32)
+    if resets is None:
+        return kept
+    return kept * (1 - resets[0, STEP * at.index + t]).astype(jnp.float32)
 
 
 def in_columns(spec: Spec, x):
@@ -230,17 +271,15 @@ def in_columns(spec: Spec, x):
     return x.swapaxes(1, 2).astype(x.dtype if spec.channels < MANY_CHANNELS else jnp.float32)
 
 
-def columns(ref, index):
-    """Columns of [N, chunk] for the tokens of a step, each spread over lanes: [STEP, N, 128].
-
-    A rotation by a number brings them to fixed lanes.
-    """
-    register = ref[...]
-    if ref.shape[1] > LANES:
-        # As shifts: divisions would be waited for.
-        bits = (LANES // STEP).bit_length() - 1
-        first, index = (index >> bits) * LANES, index & ((1 << bits) - 1)
-        register = ref[:, pl.ds(pl.multiple_of(first, LANES), LANES)]
-    rotated = pltpu.roll(register, (LANES - STEP * index) % LANES, axis=1)
-    spread = [jnp.broadcast_to(rotated[:, j : j + 1], rotated.shape) for j in range(STEP)]
+def columns(ref, at: Step):
+    """Columns of [N, chunk] for the tokens of a step, each spread over lanes: float32 [STEP, N, 128]."""
+    register = ref[:, pl.ds(pl.multiple_of(STEP * at.index - at.lane, LANES), LANES)]
+    if register.dtype == jnp.bfloat16:
+        # Two states share 32 bits, which are spread at once.
+        register = pltpu.bitcast(register, jnp.uint32)
+    first = at.lane
+    if not isinstance(first, int):
+        register, first = jnp.roll(register, -first, axis=1), 0
+    tokens = [register[:, lane : lane + 1] for lane in range(first, first + STEP)]
+    spread = [pltpu.bitcast(jnp.broadcast_to(x, register.shape), ref.dtype) for x in tokens]
     return jnp.stack([x.astype(jnp.float32) for x in spread])

@@ -15,6 +15,7 @@ from test_selective_scan import in_float32, random_inputs
 
 from pallas_kernels import selective_scan, topology
 from pallas_kernels.selective_scan import tpu
+from pallas_kernels.selective_scan.tpu_tile import STEPS_OF_A_REGISTER
 
 # Length, channels, states, whether there are segments, which optional arrays there are.
 CASES = {
@@ -63,6 +64,14 @@ def test_kernels_with_every_gradient_equal_float64(rng, case, dtype):
         return function
 
     assert_close(make_function, inputs, cotangents, dtype, "tpu_interpret")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_trips_of_whole_registers_equal_float64(rng, monkeypatch, dtype):
+    """As the TPU's compiler has them."""
+    monkeypatch.setattr(tpu, "INTERPRETED_STEPS", STEPS_OF_A_REGISTER)
+    test_kernels_with_every_gradient_equal_float64(rng, "everything", dtype)
 
 
 @pytest.mark.slow
