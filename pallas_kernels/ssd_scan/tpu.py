@@ -142,8 +142,8 @@ def _forward(spec, x, dt, A, B, C, D, marks, state):
 
 
 def _call_forward(spec, x, dt, A, B, C, D, marks, state, *, keeps_pasts):
-    grid = _Grid(spec, x, state, reverse=False)
-    tiles = grid.chunks * spec.blocks.tiles
+    grid, sizes = _Grid(spec, x, state, reverse=False), spec.blocks
+    tiles = grid.chunks * sizes.tiles
     pasts = shaped_like(x, (x.shape[0], tiles, *state.shape[1:]), x.dtype)
     return grid.call(
         tpu_forward.kernel,
@@ -163,7 +163,7 @@ def _call_forward(spec, x, dt, A, B, C, D, marks, state, *, keeps_pasts):
             (pasts if keeps_pasts else None, grid.pasts),
             (dt if keeps_pasts else None, grid.heads),
         ],
-        [pltpu.VMEM((spec.blocks.tile, spec.blocks.pack_tokens), jnp.float32)],
+        [pltpu.VMEM((sizes.tile * x.dtype.itemsize // 4, sizes.pack_tokens), jnp.uint32)],
     )
 
 

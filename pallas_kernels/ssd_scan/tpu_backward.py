@@ -42,15 +42,16 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     for_pack,
     from_rows,
     head_blocks,
+    heads_of,
     next_heads,
-    on_matrix_unit,
     over_heads,
     over_registers,
     packs,
     running_sums,
     scales,
+    seen,
+    stacked,
     store_row,
-    unseen,
     wide,
 )
 from pallas_kernels.tpu_dot import dot
@@ -89,7 +90,7 @@ def kernel(
         d_steps: scratch float32 [registers, heads, 128 tokens], what dt gets, times dt.
         wide_d_B: scratch float32 like B, summed over heads.
         wide_d_C: scratch float32 [N, tokens], summed over heads.
-        mask: scratch float32 [tokens of a tile, (head, token)], `tpu_chunk.unseen` where there are no marks.
+        mask: scratch float32 [tokens of a tile, (head, token)], `_unseen` where there are no marks.
     """
     sizes, chunk, step = spec.blocks, pl.program_id(2), pl.program_id(3)
 
@@ -118,23 +119,24 @@ def _walk_back(
     """From the last tile to the first, with `adjoint` [N, channels] the gradient of the state after a tile."""
     dtype = x.dtype
     if marks is None:
-        mask[...] = unseen(sizes, 0, None, reading_on_rows=False)
+        mask[...] = _unseen(sizes, 0, None)
     resets = None if marks is None else column(marks[2:3])
 
-    totals = [total[:, first : first + LANES] for first in range(0, sizes.chunk, LANES)]
+    totals = [stacked(sizes, total, group) for group in range(sizes.groups)]
     registers = all_registers(sizes, dt, totals, marks)
-    written = [Columns(sizes, of.written, on_matrix_unit=on_matrix_unit(sizes)) for of in registers]
+    written = [Columns(sizes, of.written) for of in registers]
 
     B, C = States(sizes, B), States(sizes, C)
 
     @functools.cache
+    def of_place(group, place):
+        return scales(sizes, place, registers[group])
+
+    @functools.cache
     def of_tile(tile):
-        of = registers[tile * sizes.tile // LANES]
-        hidden = (
-            mask[...] if marks is None else unseen(sizes, tile, of.marks, reading_on_rows=False)
-        )
+        hidden = mask[...] if marks is None else _unseen(sizes, tile, marks)
         similarities = dot(B.rows(tile), C.turned(tile), PLAIN)
-        return scales(sizes, tile, of), hidden, similarities, wide(C.turned(tile))
+        return of_place(sizes.group(tile), sizes.place(tile)), hidden, similarities
 
     def of_tokens(x, y):
         """x yᵀ of x [N, i] and y [token, i], or as B comes its transpose."""
@@ -142,20 +144,20 @@ def _walk_back(
 
     def bring(pack, _):
         of_tile(pack.tile)
-        return written[pack.tile * sizes.tile // LANES].of_pack(pack)
+        return written[sizes.group(pack.tile)].of_pack(pack)
 
     def prepare(pack, brought):
         for_tokens, for_channels = brought
-        scale, hidden, similarities, C_turned = of_tile(pack.tile)
-        decays = jnp.exp2(scale.row("total", pack.head) - for_tokens + hidden)
+        scale, hidden, similarities = of_tile(pack.tile)
+        decays = jnp.exp2(scale.row("total", pack) - for_tokens + hidden)
         weights = (for_pack(sizes, similarities) * decays).astype(dtype)
-        reads = (for_pack(sizes, C_turned) * scale.row("from_past", pack.head)).astype(dtype)
+        reads = for_pack(sizes, C.turned(pack.tile)) * scale.row("from_past", pack).astype(dtype)
         left = jnp.concatenate([weights, reads], axis=0)
-        exponents = scale.row("ends", pack.head) - for_channels
+        exponents = scale.row("ends", pack) - for_channels
         if resets is not None:
             exponents += resets[pack.tile * sizes.tile :][: sizes.tile]
         to_end = jnp.exp2(exponents)
-        writes = (wide(x[pack.tokens, pack.channels]) * to_end).astype(dtype)
+        writes = x[pack.tokens, pack.channels] * to_end.astype(dtype)
         blocks = head_blocks(sizes, d_y[pack.tokens, pack.channels])
         return decays, weights, left, blocks, to_end, writes
 
@@ -179,7 +181,7 @@ def _walk_back(
             at_end = _sum(d_after * wide(state[:, pack.channels]))
             number = pack.tile * sizes.tile // LANES
             store_row(d_ends.at[number], pack.head, at_end, sizes.dim)
-        kept = d_after * of_tile(pack.tile)[0].row("kept", pack.head)
+        kept = d_after * of_tile(pack.tile)[0].row("kept", pack)
         adjoint[:, pack.channels] = kept + gradients[sizes.tile :]
         d_input = gradients[: sizes.tile] + returns * to_end
         return decays, weights, d_input, products, d_B_part
@@ -188,15 +190,15 @@ def _walk_back(
 
     def finish(pack, advanced):
         decays, weights, d_input, products, d_B_part = advanced
-        at, (scale, _, _, C_turned) = (pack.tokens, pack.channels), of_tile(pack.tile)
+        at, scale = (pack.tokens, pack.channels), of_tile(pack.tile)[0]
         of_step = wide(x[at]) * d_input
         if D is not None:
             d_input += wide(d_y[at]) * D[:, pack.channels]
         d_x[at] = d_input.astype(dtype)
 
         pairs, read = products[: sizes.tile], products[sizes.tile :]
-        read *= scale.row("from_past", pack.head)
-        read_again = for_pack(sizes, C_turned) * read
+        read *= scale.row("from_past", pack)
+        read_again = for_pack(sizes, wide(C.turned(pack.tile))) * read
         d_totals = _sum(jnp.concatenate([pairs * wide(weights), read_again], axis=0))
         store_row(d_rows.at[pack.tile], pack.head, d_totals, sizes.tile)
 
@@ -253,7 +255,7 @@ def _walk_back(
         written = d_steps[number]
         d_total = from_rows(sizes, by_tile) - written
         d_total = jnp.concatenate([d_total, _by_head(sizes, d_ends[number])], axis=1)
-        return written, running_sums(d_total, LANES, reverse=True)
+        return written, running_sums(d_total, LANES, dtype, reverse=True)
 
     def put(pack, of_register):
         if of_register is None:
@@ -265,7 +267,8 @@ def _walk_back(
         d_B[at] = over_steps(wide_d_B, at, of_B)
         of_C = over_steps(wide_d_C, on_lanes, of_C)
         d_C[at] = of_C if sizes.turned else of_C.T
-        d_dt[:, lanes] = written / registers[number].step + A[...] * d_log_decay
+        dt_again = heads_of(sizes, registers[number // sizes.together].step, number)
+        d_dt[:, lanes] = written / dt_again + A[...] * d_log_decay
         of_rates.append(dt[:, lanes] * d_log_decay)
 
     def over_steps(wide_sum, at, part):
@@ -282,6 +285,11 @@ def _walk_back(
     d_A[...] = sum(of_rates)
     if d_D is not None:
         d_D[...] = _sum(wide(x[...]) * wide(d_y[...]))
+
+
+def _unseen(sizes, tile, marks):
+    """What to add to exponents [writing token, (head, reading token)]: 0 where the one is seen, and else -inf."""
+    return jnp.where(seen(sizes, tile, marks, reading_on_rows=False), 0.0, -jnp.inf)
 
 
 def _by_head(sizes, parts):

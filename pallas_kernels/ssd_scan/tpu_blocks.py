@@ -1,6 +1,7 @@
 """How much of the state-space-duality scan a TPU core takes at a time."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ from pallas_kernels.blocks import Shape, Sizes, Table, round_up
 from pallas_kernels.chips import matrix_width
 
 LANES = 128
+SUBLANES = 8
 # Rows of a bfloat16 register, to which the states of a channel are filled up.
 ROWS = 16
 # Channels (heads x P) of a grid step. More amortise the grid, fewer keep the unrolled heads short.
@@ -50,6 +52,34 @@ class Blocks:
     def tiles(self) -> int:
         """Tiles a chunk."""
         return self.chunk // self.tile
+
+    @property
+    def together(self) -> int:
+        """Registers of tokens whose heads lie below each other in one array: few heads would leave sublanes empty.
+
+        Together they fill the rows of a bfloat16 register. On a matrix unit the products that spread columns get longer
+        with them: there they fill sublanes.
+        """
+        rows = SUBLANES if self.on_matrix_unit else ROWS
+        return math.gcd(max(1, rows // self.heads), self.chunk // LANES)
+
+    @property
+    def groups(self) -> int:
+        """Such arrays a chunk."""
+        return self.chunk // LANES // self.together
+
+    def group(self, tile: int) -> int:
+        """The array that has a tile."""
+        return tile * self.tile // LANES // self.together
+
+    def place(self, tile: int) -> int:
+        """Which tile of its register it is."""
+        return tile % (LANES // self.tile)
+
+    @property
+    def on_matrix_unit(self) -> bool:
+        """Whether `tpu_chunk.Columns` are spread by it: where it is wide enough for the heads of two registers."""
+        return self.pack_channels > LANES
 
     @property
     def packs(self) -> int:

@@ -4,13 +4,13 @@ Tokens lie on sublanes and channels on lanes, as the model has them, so that not
 and C, which are wanted either way, come as XLA has them, `States`. The heads of a pack lie side by side on lanes and go
 through a product together: with the weights of each side by side, [t, (head, s)], the other operand has the tokens of
 each head below each other and its channels in their own lanes, `block_diagonal`. A state is [N, channels]; what the
-tokens of a tile write is B, turned and scaled, times the same operand, so that both are one product: rows of the
-weights above rows of the state.
+tokens of a tile write is B, turned and scaled, times the same operand, so that both are one product: rows of the state
+and rows of the weights.
 
 What scales a token is wanted as a row, where tokens lie on lanes, and as a column, where they lie on sublanes. Both
-come from [heads, tokens]: `rows` brings neighbouring heads side by side, and `Columns` spreads a column over the lanes
-of its head. What heads share, as C · B, is computed for the heads of one register; a second register of the pack is
-the same.
+come from [(register, head), 128 tokens], `Registers`: `rows` brings neighbouring heads side by side, and `Columns`
+spreads a column over the lanes of its head. What heads share, as C · B, is computed for the heads of one register; a
+second register of the pack is the same.
 """
 
 import dataclasses
@@ -21,14 +21,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.ssd_scan.tpu_blocks import LANES, Blocks
+from pallas_kernels.ssd_scan.tpu_blocks import LANES, SUBLANES, Blocks
 from pallas_kernels.tpu_dot import dot
 
 # Contracted dimensions of a product.
-ROWS = ((0,), (0,))
 PLAIN = ((1,), (0,))
 LAST = ((1,), (1,))
-SUBLANES = 8
 LOG2_E = 1.4426950408889634
 # The exponent of what is 0 in float32. Less would only cost the sums with it their digits.
 NOTHING = -150.0
@@ -71,65 +69,81 @@ def packs(sizes: Blocks) -> list[Pack]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Register:
-    """128 tokens: what decays and scales them, float32 [heads, tokens], of the heads of a grid step.
+class Registers:
+    """`Blocks.together` times 128 tokens: what decays and scales them, float32 [(register, head), 128 tokens], of the
+    heads of a grid step.
 
     Attributes:
-        first: the first of its tokens in the chunk.
         step: dt.
         total: the sum of dt A / ln 2 from the beginning of the tile. A sum over the chunk would have fewer digits where
             most of the weight is, between neighbours.
         written: total - log2 dt: what a token writes is its x times 2 ** (total of the reader - this), one
             product less. It has the digits of the total: a gradient is exact to 2 ** -24 of that.
-        marks: [4, tokens], `tpu.segment_marks`; None: one segment.
+        marks: of `tpu.segment_marks` those to add to exponents; None: one segment.
     """
 
-    first: int
     step: jax.Array
     total: jax.Array
     written: jax.Array
-    marks: jax.Array | None
+    marks: list[jax.Array] | None
 
 
-def all_registers(sizes: Blocks, dt, totals, marks) -> list[Register]:
-    """Those of a chunk, of refs dt [heads, tokens] and marks [4, tokens], and `Register.total` of each."""
-    registers = []
-    for number, total in enumerate(totals):
-        lanes = pl.ds(number * LANES, LANES)
-        step = jnp.maximum(dt[:, lanes], LEAST_STEP)
-        of_tokens = None if marks is None else marks[:, lanes]
-        registers.append(Register(number * LANES, step, total, total - jnp.log2(step), of_tokens))
-    return registers
+def all_registers(sizes: Blocks, dt, totals, marks) -> list[Registers]:
+    """Those of a chunk, of refs dt [heads, tokens] and marks [4, tokens], and `Registers.total` of each."""
+    of_all = []
+    for group, total in enumerate(totals):
+        step = jnp.maximum(stacked(sizes, dt, group), LEAST_STEP)
+        of_tokens = None
+        if marks is not None:
+            of_tokens = [stacked(sizes, marks, group, row) for row in range(1, marks.shape[0])]
+        of_all.append(Registers(step, total, total - jnp.log2(step), of_tokens))
+    return of_all
 
 
-def totals(sizes: Blocks, dt, A) -> list[jax.Array]:
-    """`Register.total` of all, of refs dt [heads, tokens] and A [heads, 128].
+def totals(sizes: Blocks, dt, A, dtype) -> list[jax.Array]:
+    """`Registers.total` of all, of refs dt [heads, tokens] and A [heads, 128], for x of `dtype`.
 
     A matrix unit has to be given the ones of running sums for each product. Of wide units there are two, and a product
     for each; of others there are more, and the first product is done sooner.
     """
-    rates = A[...] * LOG2_E
-    of_all, firsts = [], range(0, sizes.chunk, LANES)
-    together = -(-len(firsts) // 2) if on_matrix_unit(sizes) else 1
-    for i in range(0, len(firsts), together):
-        group = firsts[i : i + together]
-        exponents = [dt[:, pl.ds(first, LANES)] * rates for first in group]
-        exponents = jnp.maximum(jnp.concatenate(exponents, axis=0), NOTHING)
-        of_all += jnp.split(running_sums(exponents, sizes.tile), len(group))
+    rates = jnp.concatenate([A[...] * LOG2_E] * sizes.together)
+    of_all = []
+    at_once = -(-sizes.groups // 2) if sizes.on_matrix_unit else 1
+    for first in range(0, sizes.groups, at_once):
+        groups = range(first, min(first + at_once, sizes.groups))
+        exponents = jnp.concatenate([stacked(sizes, dt, group) * rates for group in groups])
+        exponents = jnp.maximum(exponents, NOTHING)
+        of_all += jnp.split(running_sums(exponents, sizes.tile, dtype), len(groups))
     return of_all
+
+
+def stacked(sizes: Blocks, ref, group: int, row: int | None = None):
+    """A group's part of a ref [heads, tokens], or of its `row` for all heads: [(register, head), 128 tokens]."""
+    parts = []
+    for number in range(group * sizes.together, (group + 1) * sizes.together):
+        lanes = pl.ds(number * LANES, LANES)
+        part = ref[:, lanes] if row is None else ref[row : row + 1, lanes]
+        parts.append(jnp.broadcast_to(part, (sizes.heads, LANES)))
+    return jnp.concatenate(parts)
+
+
+def heads_of(sizes: Blocks, x, register: int):
+    """Of a group's [(register, head), 128] -> [heads, 128]."""
+    return x[register % sizes.together * sizes.heads :][: sizes.heads]
 
 
 @dataclasses.dataclass(frozen=True)
 class Scales:
-    """What a tile multiplies its tokens with, as rows: in `row` of the first of neighbouring heads.
+    """What tiles multiply their tokens with, those at one place of each of some registers, as rows [(register, head),
+    128]: in the row of the first of neighbouring heads.
 
     Attributes:
         sizes: of the kernel.
-        total: [heads, (head, token)], as of its register; so is written.
-        from_past: [heads, (head, token)], what is left of the state before the tile.
-        to_end: [heads, (head, token)], dt times what is left at the end of the tile of what a token writes.
-        ends: [heads, (head, channel)], `total` of the last token.
-        kept: [heads, (head, channel)], what is left at the end of the tile of the state before it.
+        total: of (head, token), as of its register; so is written.
+        from_past: of (head, token), what is left of the state before the tile.
+        to_end: of (head, token), dt times what is left at the end of the tile of what a token writes.
+        ends: of (head, channel), `total` of the last token.
+        kept: of (head, channel), what is left at the end of the tile of the state before it.
     """
 
     sizes: Blocks
@@ -140,54 +154,56 @@ class Scales:
     ends: jax.Array
     kept: jax.Array
 
-    def row(self, name: str, head: int):
-        """Of the pack that begins with `head`: [1, (head, token or channel)]."""
+    def row(self, name: str, pack: Pack):
+        """Of a pack: [1, (head, token or channel)]."""
         width = self.sizes.dim if name in ("ends", "kept") else self.sizes.tile
-        return pack_row(self.sizes, getattr(self, name), head, width)
+        of_all = heads_of(self.sizes, getattr(self, name), pack.tile * self.sizes.tile // LANES)
+        return pack_row(self.sizes, of_all, pack.head, width)
 
 
-def scales(sizes: Blocks, tile: int, of: Register) -> Scales:
-    """Of a tile of a register."""
-    last = (tile + 1) * sizes.tile - 1 - of.first
+def scales(sizes: Blocks, place: int, of: Registers) -> Scales:
+    """Of the tiles that are number `place` of their registers."""
+    last = (place + 1) * sizes.tile - 1
     ends = of.total[:, last : last + 1]
-    total, written = (rows(sizes, tile, x) for x in (of.total, of.written))
+    total, written = (rows(sizes, place, x) for x in (of.total, of.written))
     from_past, to_end = total, beside(ends, sizes.tile) - written
     ends = kept = beside(ends, sizes.dim)
     if of.marks is not None:
-        from_past += rows(sizes, tile, of.marks[1:2])
-        to_end += rows(sizes, tile, of.marks[2:3])
-        kept += of.marks[3:4, last : last + 1]
+        of_past, of_end, of_kept = of.marks
+        from_past += rows(sizes, place, of_past)
+        to_end += rows(sizes, place, of_end)
+        kept += of_kept[:, last : last + 1]
     from_past, to_end, kept = map(jnp.exp2, (from_past, to_end, kept))
     return Scales(sizes, total, written, from_past, to_end, ends, kept)
 
 
-def running_sums(x, tile: int, *, reverse: bool = False):
-    """Sums from the beginning of each tile, or with `reverse` from its end, float32 [heads, 128], as a product.
+def running_sums(x, tile: int, dtype, *, reverse: bool = False):
+    """Sums from the beginning of each tile, or with `reverse` from its end, float32 [rows, 128], as a product.
 
-    What x has beyond 128 lanes is in all of them.
+    What x has beyond 128 lanes is in all of them. Where `dtype`, that of the weights which come of it, has 8 digits, 16
+    of each summand are enough.
     """
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (x.shape[1], LANES), axis) for axis in (0, 1))
     ones = (i >= j if reverse else i <= j) & (i // tile == j // tile) | (i >= LANES)
-    heads = x.shape[0]
-    sums = dot(_parts(x), ones.astype(jnp.bfloat16), PLAIN)
-    return sum(sums[i * heads : (i + 1) * heads] for i in range(3))
+    count = 2 if dtype == jnp.bfloat16 else 3
+    return sum(jnp.split(dot(_parts(x, count), ones.astype(jnp.bfloat16), PLAIN), count))
 
 
-def _parts(x):
-    """The digits of float32 [rows, 128] in three bfloat16: [3 * rows, 128]."""
+def _parts(x, count: int):
+    """The digits of float32 [rows, 128] in bfloat16, of which three have all: [count * rows, 128]."""
     parts, rest = [], x
-    for _ in range(3):
+    for _ in range(count):
         parts.append(rest.astype(jnp.bfloat16))
         rest -= wide(parts[-1])
     return jnp.concatenate(parts, axis=0)
 
 
-def rows(sizes: Blocks, tile: int, x):
-    """A tile of a register [heads, 128] -> [heads, 128]: after the tokens of a head come those of the next."""
+def rows(sizes: Blocks, place: int, x):
+    """The tile at `place` of registers [heads, 128] -> [heads, 128]: tokens of a head, then those of the next."""
     if sizes.tile == LANES:
         return x
     there = pltpu.roll(x, sizes.tile, 1)
-    low, high = (there, x) if tile % 2 else (x, there)
+    low, high = (there, x) if place else (x, there)
     return jnp.where(_lane(low.shape) < sizes.tile, low, next_heads(high, 1))
 
 
@@ -251,18 +267,13 @@ def column(x):
     return jnp.broadcast_to(x, (SUBLANES, x.shape[1])).T[:, :1]
 
 
-def on_matrix_unit(sizes: Blocks) -> bool:
-    """Whether `Columns` are for the matrix unit: one that is wide enough for the heads of two registers."""
-    return sizes.pack_channels > LANES
-
-
 class Columns:
-    """[heads, 128 tokens] of a register, whose numbers are wanted in columns."""
+    """[(register, head), 128 tokens], whose numbers are wanted in columns."""
 
-    def __init__(self, sizes: Blocks, x, *, on_matrix_unit: bool):
-        self.sizes, self.x, self.on_matrix_unit = sizes, x, on_matrix_unit
-        # [tokens, 128], with a head in each lane.
-        self._turned = None if on_matrix_unit else jnp.pad(x.T, ((0, 0), (0, LANES - x.shape[0])))
+    def __init__(self, sizes: Blocks, x):
+        self.sizes = sizes
+        # [tokens, (register, head)], on the matrix unit a number in three parts.
+        self._turned = _parts(x, 3).T if sizes.on_matrix_unit else _fill_lanes(x.T)
         self._spread_all = functools.cache(self._spread_all)
 
     def of_pack(self, pack: Pack):
@@ -274,23 +285,28 @@ class Columns:
 
     def spread(self, tile: int, head: int, width: int):
         """Those of a pack that begins with `head`, each over `width` lanes: [token, (head, width)]."""
-        sizes, first = self.sizes, tile * self.sizes.tile % LANES
-        if self.on_matrix_unit:
-            numbers = self._spread_all(width)[first : first + sizes.tile]
+        sizes = self.sizes
+        register, first = divmod(tile * sizes.tile, LANES)
+        row = register % sizes.together * sizes.heads
+        if sizes.on_matrix_unit:
+            numbers = self._spread_all(row, width)[first : first + sizes.tile]
             return numbers[:, head * width : (head + sizes.pack) * width]
         column, parts = self._turned[first : first + sizes.tile], []
         for i in range(0, sizes.pack * width, LANES):
-            place = (_lane(column.shape) + i) // width + head
+            place = (_lane(column.shape) + i) // width + row + head
             parts.append(jnp.take_along_axis(column, place, axis=1, mode="promise_in_bounds"))
         return jnp.concatenate(parts, axis=1)
 
-    def _spread_all(self, width: int):
-        """[tokens, (head, width)] on the matrix unit, which takes a number in three parts."""
-        parts, heads = _parts(self.x), self.x.shape[0]
-        shape = (3 * heads, heads * width)
-        head, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-        is_own = (head % heads == lane // width).astype(jnp.bfloat16)
-        return dot(parts, is_own, ROWS)
+    def _spread_all(self, first: int, width: int):
+        """[tokens, (head, width)] of the register whose rows begin with `first`, on the matrix unit."""
+        shape = (self._turned.shape[1], self.sizes.heads * width)
+        row, lane = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
+        is_own = row % (shape[0] // 3) == first + lane // width
+        return dot(self._turned, is_own.astype(jnp.bfloat16), PLAIN)
+
+
+def _fill_lanes(x):
+    return jnp.pad(x, ((0, 0), (0, LANES - x.shape[1])))
 
 
 def _lane(shape):
@@ -333,20 +349,20 @@ def over_registers(sizes: Blocks, x):
     return sum(x[:, first : first + LANES] for first in range(0, sizes.pack_tokens, LANES))
 
 
-def unseen(sizes: Blocks, tile: int, marks, *, reading_on_rows: bool):
-    """What to add to exponents [token i, (head, token j)]: 0 where the reading token sees the writing one, of its
-    segment and not after it, and else -inf.
+def seen(sizes: Blocks, tile: int, marks, *, reading_on_rows: bool):
+    """Whether the reading token sees the writing one, of its segment and not after it: [token i, (head, token j)].
 
-    Reading tokens are i if `reading_on_rows`, or else j. `marks` are those of the tile's register.
+    Reading tokens are i if `reading_on_rows`, or else j. `marks`: ref [4, tokens], or None.
     """
     shape = (sizes.tile, sizes.pack_tokens)
     i, j = (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
     j %= sizes.tile
-    seen = j <= i if reading_on_rows else i <= j
+    is_seen = j <= i if reading_on_rows else i <= j
     if marks is not None:
-        segment = pack_row(sizes, rows(sizes, tile, marks[0:1]), 0, sizes.tile)
-        seen &= column(segment)[: sizes.tile] == segment
-    return jnp.where(seen, 0.0, -jnp.inf)
+        register = marks[0:1, pl.ds(tile * sizes.tile // LANES * LANES, LANES)]
+        segment = pack_row(sizes, rows(sizes, sizes.place(tile), register), 0, sizes.tile)
+        is_seen &= column(segment)[: sizes.tile] == segment
+    return is_seen
 
 
 class States:

@@ -10,6 +10,7 @@ import functools
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.pipelined import pipelined
 from pallas_kernels.ssd_scan.tpu_blocks import LANES
@@ -24,11 +25,11 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     column,
     for_pack,
     head_blocks,
-    on_matrix_unit,
+    heads_of,
     packs,
     scales,
+    seen,
     totals,
-    unseen,
     wide,
 )
 from pallas_kernels.tpu_dot import dot
@@ -55,9 +56,9 @@ def kernel(
         y: ref [tokens, channels].
         last: ref float32 [N, channels], the state after the last chunk.
         pasts: ref [tiles, N, channels], the state before each tile; None: not wanted.
-        all_totals: ref like dt, `tpu_chunk.Register.total` of all tokens; None: not wanted.
+        all_totals: ref like dt, `tpu_chunk.Registers.total` of all tokens; None: not wanted.
         carry: scratch float32 [steps, N, channels].
-        mask: scratch float32 [tokens of a tile, (head, token)], `tpu_chunk.unseen` where there are no marks.
+        mask: scratch uint32 [rows, (head, token)], `_bits` of `tpu_chunk.seen` where there are no marks.
     """
     sizes, chunk, step = spec.blocks, pl.program_id(2), pl.program_id(3)
 
@@ -65,36 +66,46 @@ def kernel(
     def _():
         carry[step] = initial[...]
 
+    def seen_bits(tile):
+        return _bits(seen(sizes, tile, marks, reading_on_rows=True), x.dtype)
+
     if marks is None:
-        mask[...] = unseen(sizes, 0, None, reading_on_rows=True)
+        mask[...] = seen_bits(0)
     resets = None if marks is None else column(marks[1:2])
 
-    registers = all_registers(sizes, dt, totals(sizes, dt, A), marks)
+    registers = all_registers(sizes, dt, totals(sizes, dt, A, x.dtype), marks)
     if all_totals is not None:
-        all_totals[...] = jnp.concatenate([of.total for of in registers], axis=1)
-    columns = [Columns(sizes, of.total, on_matrix_unit=on_matrix_unit(sizes)) for of in registers]
+        for number in range(sizes.chunk // LANES):
+            total = registers[number // sizes.together].total
+            all_totals[:, pl.ds(number * LANES, LANES)] = heads_of(sizes, total, number)
+    columns = [Columns(sizes, of.total) for of in registers]
 
     B, C = States(sizes, B), States(sizes, C)
 
     @functools.cache
+    def of_place(group, place):
+        return scales(sizes, place, registers[group])
+
+    @functools.cache
     def of_tile(tile):
-        of = registers[tile * sizes.tile // LANES]
-        hidden = mask[...] if marks is None else unseen(sizes, tile, of.marks, reading_on_rows=True)
-        read, written = C.rows(tile), B.turned(tile)
-        return scales(sizes, tile, of), hidden, dot(read, written, PLAIN), read, wide(written)
+        similarities = dot(C.rows(tile), B.turned(tile), PLAIN)
+        bits = mask[...] if marks is None else seen_bits(tile)
+        return of_place(sizes.group(tile), sizes.place(tile)), bits, similarities
 
     def bring(pack, _):
         of_tile(pack.tile)
-        return columns[pack.tile * sizes.tile // LANES].of_pack(pack)
+        return columns[sizes.group(pack.tile)].of_pack(pack)
 
     def prepare(pack, brought):
         """The operands of the products, and what is left of the state before the tile."""
         for_tokens, for_channels = brought
-        scale, hidden, similarities, _, written = of_tile(pack.tile)
-        decays = jnp.exp2(for_tokens - scale.row("written", pack.head) + hidden)
-        write = for_pack(sizes, written) * scale.row("to_end", pack.head)
-        weights = for_pack(sizes, similarities) * decays
-        left = jnp.concatenate([weights, write], axis=0).astype(x.dtype)
+        scale, bits, similarities = of_tile(pack.tile)
+        write = for_pack(sizes, B.turned(pack.tile)) * scale.row("to_end", pack).astype(x.dtype)
+        decays = jnp.exp2(for_tokens - scale.row("written", pack))
+        weights = (for_pack(sizes, similarities) * decays).astype(x.dtype)
+        weights = pltpu.bitcast(pltpu.bitcast(weights, jnp.uint32) & bits, x.dtype)
+        # First what does not wait for the decays, and what the next tile waits for.
+        left = jnp.concatenate([write, weights], axis=0)
         if resets is not None:
             for_channels += resets[pack.tile * sizes.tile :][: sizes.tile]
         return (
@@ -113,11 +124,11 @@ def kernel(
         rounded = state.astype(x.dtype)
         if pasts is not None:
             pasts[pack.tile, :, pack.channels] = rounded
-        scale, *_, reading, _ = of_tile(pack.tile)
-        read = dot(reading, rounded, PLAIN)
-        kept = state * scale.row("kept", pack.head)
-        carry[step, :, pack.channels] = kept + sums[sizes.tile :]
-        return sums[: sizes.tile], read, from_past
+        read = dot(C.rows(pack.tile), rounded, PLAIN)
+        kept = state * of_tile(pack.tile)[0].row("kept", pack)
+        written, output = sums[: -sizes.tile], sums[-sizes.tile :]
+        carry[step, :, pack.channels] = kept + written
+        return output, read, from_past
 
     def put(pack, advanced):
         output, read, from_past = advanced
@@ -134,3 +145,9 @@ def kernel(
     @pl.when(chunk == pl.num_programs(2) - 1)
     def _():
         last[...] = carry[step]
+
+
+def _bits(is_seen, dtype):
+    """All bits of what is seen of [rows, lanes] of `dtype`, and none of the rest, which may be anything: uint32."""
+    integer = jnp.dtype(f"int{8 * jnp.dtype(dtype).itemsize}")
+    return pltpu.bitcast(jnp.where(is_seen, -1, 0).astype(integer), jnp.uint32)

@@ -44,7 +44,7 @@ CASES = {
         True,
         ("D", "initial_state"),
     ),
-    "wide packs, segments": (V6E, 150, 128, 4, 64, 1, 6, True, ("initial_state",)),
+    "wide packs, segments": (V6E, 150, 256, 4, 64, 1, 6, True, ("initial_state",)),
     "wide heads, wide states": (V5E, 150, 100, 2, 100, 1, 128, False, ("D", "initial_state")),
     "wide packs of wide heads": (V6E, 256, 128, 4, 128, 2, 6, True, ("D",)),
 }
