@@ -5,16 +5,18 @@ before it computes, and all meet at a `Ring`. No warpgroup is there for the copi
 "FlashAttention-3", arXiv 2407.08608, section 3.1, has one, which gives its registers away): nvJitLink, which assembles
 kernels where CUDA comes from PyPI, ignores `setmaxnreg`, and with a third warpgroup gradients spilled their sums.
 
-Of WGMMA the kernels use what Pallas' interpreter runs, so that all of them is proven without a GPU: operands in shared
-memory, and sums that begin at 0 and are added to those of the tiles before. Three things that it does not tell:
+Of WGMMA, Pallas' interpreter runs products of what is in shared memory, with sums that begin at 0. `add_products` takes
+more, as JAX's own attention for Hopper does, which saves instructions by the hundred; the interpreter is given the same
+in other words. All else is proven without a GPU as it is. Three things the interpreter does not tell:
 
-- What a warpgroup reads of a ring's tile, it has to read before its last `stage` of that tile, which orders the read
-  before the next copy.
+- What a warpgroup reads of a ring's tile, it has to read before its last `stage` of that tile, or what it reads has to
+  become part of products: either orders the read before the next copy.
 - A loop must not begin with what was just loaded from HBM: under `jax.shard_map` that has another type than what any
   operation makes of it.
 - Sums over the rows of a tile pass through a scratch of the block, so that two warpgroups must not make them at once.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +34,7 @@ CHIPS = ("H100", "H200", "H800", "H20", "GH200")
 ROWS = 64
 # Of a block: threads of three would have fewer registers, 168 and not 255.
 WARPGROUPS = 2
-# Tiles in a ring: one is read while the other arrives.
+# Tiles in a ring, at the least: one is read while the other arrives.
 STAGES = 2
 
 
@@ -62,6 +64,32 @@ def products(*pairs) -> list:
 def product(x, y):
     """x · y of two tiles in shared memory, in registers and float32."""
     return products((x, y))[0]
+
+
+def add_products(sums, pairs, interpret) -> list:
+    """sums + x · y, in registers and float32, for each of `pairs`: functions that return x, in registers, and y, in
+    shared memory. Each is called when the products before it are begun, and may compute x meanwhile.
+    """
+
+    def multiply(totals):
+        for total, pair in zip(totals, pairs, strict=True):
+            x, y = pair()
+            plgpu.wgmma(total, x.astype(y.dtype), y)
+
+    if interpret is None:
+        return pl.run_state(multiply)([plgpu.ACC.init(x) for x in sums])
+    # The interpreter knows neither sums that do not begin at 0 nor products of what is in registers.
+    added = []
+    for total, pair in zip(sums, pairs, strict=True):
+        x, y = pair()
+        added.append(total + jnp.dot(x.astype(y.dtype), y[...], preferred_element_type=jnp.float32))
+    plgpu.commit_smem()
+    return added
+
+
+def add_product(sums, x, y, interpret):
+    """sums + x · y, in registers and float32, of x in registers and y in shared memory."""
+    return add_products([sums], [lambda: (x, y)], interpret)[0]
 
 
 def along(vector, shape, axis: int):
@@ -152,14 +180,18 @@ class Ring(NamedTuple):
     """Room in shared memory for tiles on their way from HBM.
 
     Attributes:
-        buffers: of [STAGES, ...] each; a tile is a piece of each.
-        filled: barriers [STAGES], which complete when all pieces of the tile have arrived.
-        freed: barriers [STAGES], which complete when every warpgroup has done with the tile.
+        buffers: of [stages, ...] each; a tile is a piece of each.
+        filled: barriers [stages], which complete when all pieces of the tile have arrived.
+        freed: barriers [stages], which complete when every warpgroup has done with the tile.
     """
 
     buffers: tuple
     filled: Any
     freed: Any
+
+    @property
+    def stages(self) -> int:
+        return self.buffers[0].shape[0]
 
     def start(self, num_tiles, pieces, places=None) -> "Tiles":
         """Begins to copy `pieces(i)`, references to HBM, of the tiles i; to be run by every warpgroup.
@@ -170,7 +202,7 @@ class Ring(NamedTuple):
 
         @pl.when(tiles.copies)
         def _():
-            pl.loop(0, jnp.minimum(STAGES, num_tiles))(tiles.copy)
+            pl.loop(0, jnp.minimum(self.stages, num_tiles))(tiles.copy)
 
         return tiles
 
@@ -190,6 +222,10 @@ class Tiles(NamedTuple):
     pieces: Callable[[Any], Iterable]
     places: Sequence
 
+    def slot(self, i):
+        """Where in the ring tile i is."""
+        return jax.lax.rem(i, self.ring.stages)
+
     @property
     def copies(self):
         """Whether it is this warpgroup that starts the copies."""
@@ -197,39 +233,45 @@ class Tiles(NamedTuple):
 
     def copy(self, i) -> None:
         """Starts to copy tile i to its place, which has to be free."""
-        slot = jax.lax.rem(i, STAGES)
+        slot = self.slot(i)
         for piece, place in zip(self.pieces(i), self.places, strict=True):
             plgpu.copy_gmem_to_smem(piece, place.at[slot], self.ring.filled.at[slot])
 
-    def fold(self, function, carry):
-        """`carry = function(i, pieces, carry)` for every tile i; to be run by every warpgroup."""
+    def fold(self, function, carry, last=None):
+        """`carry = function(i, pieces, carry)` for every tile i; to be run by every warpgroup.
 
-        def step(i, carry):
-            slot = jax.lax.rem(i, STAGES)
-            next_tile = i - 1 + STAGES
+        `last`: what the last tile, which there has to be, is given to instead.
+        """
+        if last is None:
+            return jax.lax.fori_loop(0, self.count, functools.partial(self._step, function), carry)
+        stop = self.count - 1
+        carry = jax.lax.fori_loop(0, stop, functools.partial(self._step, function), carry)
+        return self._step(last, stop, carry)
 
-            @pl.when(self.copies & (i > 0) & (next_tile < self.count))
-            def _():
-                plgpu.barrier_wait(self.ring.freed.at[jax.lax.rem(next_tile, STAGES)])
-                self.copy(next_tile)
+    def _step(self, function, i, carry):
+        slot = self.slot(i)
+        next_tile = i - 1 + self.ring.stages
 
-            plgpu.barrier_wait(self.ring.filled.at[slot])
-            carry = function(i, [buffer.at[slot] for buffer in self.ring.buffers], carry)
+        @pl.when(self.copies & (i > 0) & (next_tile < self.count))
+        def _():
+            plgpu.barrier_wait(self.ring.freed.at[self.slot(next_tile)])
+            self.copy(next_tile)
 
-            # Nobody waits for the last tiles to be freed.
-            @pl.when(i + STAGES < self.count)
-            def _():
-                plgpu.barrier_arrive(self.ring.freed.at[slot])
+        plgpu.barrier_wait(self.ring.filled.at[slot])
+        carry = function(i, [buffer.at[slot] for buffer in self.ring.buffers], carry)
 
-            return carry
+        # Nobody waits for the last tiles to be freed.
+        @pl.when(i + self.ring.stages < self.count)
+        def _():
+            plgpu.barrier_arrive(self.ring.freed.at[slot])
 
-        return jax.lax.fori_loop(0, self.count, step, carry)
+        return carry
 
 
-def ring(*pieces) -> Ring:
-    """Scratch for a ring whose tiles consist of `pieces`, (shape, dtype) each."""
+def ring(*pieces, stages: int = STAGES) -> Ring:
+    """Scratch for a ring of `stages` tiles that consist of `pieces`, (shape, dtype) each."""
     return Ring(
-        tuple(plgpu.SMEM((STAGES, *shape), dtype) for shape, dtype in pieces),
-        plgpu.Barrier(num_arrivals=len(pieces), num_barriers=STAGES),
-        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=STAGES),
+        tuple(plgpu.SMEM((stages, *shape), dtype) for shape, dtype in pieces),
+        plgpu.Barrier(num_arrivals=len(pieces), num_barriers=stages),
+        plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
     )

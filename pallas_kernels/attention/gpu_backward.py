@@ -7,6 +7,7 @@ the weights themselves, so that its cotangent is subtracted from delta.
 A single kernel would take five matrix products a tile where two take seven, but its blocks would add to the same dq in
 HBM, in an order that changes from run to run. Here every sum stays in the registers of one warpgroup, and a gradient
 is the same each time. Tiles are [queries, keys] for dq and [keys, queries] for dk and dv: rows are what is summed for.
+Of the products of a tile, each is begun before the registers are done with what the one before it gave.
 """
 
 import functools
@@ -19,11 +20,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.attention import gpu_tile, visits
 from pallas_kernels.attention.blocks import Blocks
-from pallas_kernels.attention.gpu_tile import BLOCK, Spec
+from pallas_kernels.attention.gpu_tile import BLOCK, LARGEST_HEAD_DIM, Spec
 from pallas_kernels.hopper import ROWS, WARPGROUPS
 
-# Keys (for dq) or queries (for dk and dv) of a tile: beside the sums, registers hold two tiles of logits.
-COLUMNS = 64
+# Queries of a tile for dk and dv: beside their sums, registers hold two tiles of logits.
+QUERIES = 64
+
+
+def _keys(width: int) -> int:
+    """Keys of a tile for dq, whose sums leave room for larger tiles the narrower a head is."""
+    return QUERIES * LARGEST_HEAD_DIM // width
 
 
 def backward(spec: Spec, saved, cotangents):
@@ -52,7 +58,7 @@ def _queries_gradient(spec: Spec, q, d_out, k, v, statistics, tokens):
     """dq [B, Tq, H, D] of padded arrays; `statistics` are lse and delta, float32 [B, H, 2, Tq]."""
     batch, length, heads, width = q.shape
     table = visits.ranges(
-        visits.by_queries(spec.mask, Blocks(BLOCK, COLUMNS), spec.has_tokens), axis="query"
+        visits.by_queries(spec.mask, Blocks(BLOCK, _keys(width)), spec.has_tokens), axis="query"
     )
     (dq,) = hopper.call(
         functools.partial(_queries_kernel, spec),
@@ -62,8 +68,7 @@ def _queries_gradient(spec: Spec, q, d_out, k, v, statistics, tokens):
             plgpu.SMEM((WARPGROUPS, ROWS, width), q.dtype),
             plgpu.SMEM((WARPGROUPS, ROWS, width), d_out.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-            plgpu.SMEM((WARPGROUPS, ROWS, COLUMNS), k.dtype),
-            gpu_tile.key_ring(k, v, tokens, COLUMNS),
+            gpu_tile.key_ring(k, v, tokens, _keys(width)),
         ),
         grid=gpu_tile.grid(batch, heads, length),
         interpret=spec.interpret,
@@ -74,22 +79,21 @@ def _queries_gradient(spec: Spec, q, d_out, k, v, statistics, tokens):
 
 def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
     """A block: the queries [BLOCK, D] of a head -> dq [BLOCK, D]."""
-    *tokens, dq, q_tiles, d_out_tiles, filled, d_logit_tiles, ring = rest
+    *tokens, dq, q_tiles, d_out_tiles, filled, ring = rest
     batch, head, index = (jax.lax.axis_index(name) for name in gpu_tile.AXES)
     # Causal rows are the longer the later they are, and the longest begin first.
     block = table.shape[0] - 1 - index
     visited = gpu_tile.load_visited(table, block)
     warpgroup = jax.lax.axis_index("warpgroup")
-    tiles = gpu_tile.start_keys(ring, visited, q, k, v, tokens, batch, head, COLUMNS)
+    length = _keys(k.shape[3])
+    tiles = gpu_tile.start_keys(ring, visited, q, k, v, tokens, batch, head, length)
 
     start = block * BLOCK + warpgroup * ROWS
     rows = pl.ds(start, ROWS)
-    q_tile, d_out_tile, d_logit_tile = (
-        x.at[warpgroup] for x in (q_tiles, d_out_tiles, d_logit_tiles)
-    )
+    q_tile, d_out_tile = (x.at[warpgroup] for x in (q_tiles, d_out_tiles))
     plgpu.copy_gmem_to_smem(q.at[batch, rows, head], q_tile, filled.at[warpgroup])
     plgpu.copy_gmem_to_smem(d_out.at[batch, rows, head], d_out_tile, filled.at[warpgroup])
-    of_rows = [hopper.load_vector(statistics.at[batch, head, i, rows], 0) for i in range(2)]
+    lse, delta = (hopper.load_vector(statistics.at[batch, head, i, rows], 0) for i in range(2))
     query = start
     if tokens:
         query = gpu_tile.load_tokens(gpu_tile.of_batch(tokens[0], batch, start, ROWS), 0)
@@ -98,20 +102,19 @@ def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
     def accumulate(i, pieces, q_sums):
         k_tile, v_tile, *key_tokens = pieces
         tile = visited.first + i
-        key = gpu_tile.load_tokens(key_tokens[0], 1) if tokens else tile * COLUMNS
-        logits, d_weights = hopper.products((q_tile, k_tile.T), (d_out_tile, v_tile.T))
-        _, d_logits = _weights(
-            spec,
-            logits,
-            d_weights,
-            of_rows.__getitem__,
-            query,
-            key,
-            visited.is_full(tile),
-            queries_axis=0,
-        )
-        hopper.stage((d_logits, d_logit_tile))
-        return q_sums + hopper.product(d_logit_tile, k_tile)
+        key = gpu_tile.load_tokens(key_tokens[0], 1) if tokens else tile * length
+        where = query, key, visited.is_full(tile)
+
+        def differentiate(products, d_weights):
+            plgpu.wgmma(products, q_tile, k_tile.T)
+            plgpu.wgmma(d_weights, d_out_tile, v_tile.T)
+            products = plgpu.wgmma_accumulator_load(products, wait_n=1)
+            logits, weights = _weights(spec, products, lse, where, queries_axis=0)
+            return _logits_gradient(spec, logits, weights, d_weights[...], delta, queries_axis=0)
+
+        sums = plgpu.ACC((ROWS, length), jnp.float32)
+        d_logits = pl.run_scoped(differentiate, sums, sums)
+        return hopper.add_product(q_sums, d_logits, k_tile, spec.interpret)
 
     q_sums = tiles.fold(accumulate, hopper.zeros(ROWS, q.shape[3]))
     hopper.write_tile(q_sums * spec.scale, q_tile, dq.at[batch, rows, head])
@@ -121,7 +124,7 @@ def _keys_gradients(spec: Spec, q, d_out, k, v, statistics, tokens):
     """dk and dv [B, Tk, Hkv, D] of padded arrays; `statistics` are lse and delta, float32 [B, H, 2, Tq]."""
     batch, length, kv_heads, width = k.shape
     table = visits.ranges(
-        visits.by_keys(spec.mask, Blocks(COLUMNS, BLOCK), spec.has_tokens), axis="key"
+        visits.by_keys(spec.mask, Blocks(QUERIES, BLOCK), spec.has_tokens), axis="key"
     )
     return hopper.call(
         functools.partial(_keys_kernel, spec),
@@ -131,13 +134,12 @@ def _keys_gradients(spec: Spec, q, d_out, k, v, statistics, tokens):
             plgpu.SMEM((WARPGROUPS, ROWS, width), k.dtype),
             plgpu.SMEM((WARPGROUPS, ROWS, width), v.dtype),
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-            plgpu.SMEM((WARPGROUPS, ROWS, COLUMNS), v.dtype),
-            plgpu.SMEM((WARPGROUPS, ROWS, COLUMNS), k.dtype),
             hopper.ring(
-                ((COLUMNS, width), q.dtype),
-                ((COLUMNS, width), d_out.dtype),
-                ((2, COLUMNS), jnp.float32),
-                *(((x.shape[1], COLUMNS), x.dtype) for x in tokens[:1]),
+                ((QUERIES, width), q.dtype),
+                ((QUERIES, width), d_out.dtype),
+                ((2, QUERIES), jnp.float32),
+                *(((x.shape[1], QUERIES), x.dtype) for x in tokens[:1]),
+                stages=gpu_tile.stages(width, QUERIES),
             ),
         ),
         grid=gpu_tile.grid(batch, kv_heads, length),
@@ -148,7 +150,7 @@ def _keys_gradients(spec: Spec, q, d_out, k, v, statistics, tokens):
 
 def _keys_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
     """A block: the keys [BLOCK, D] of a head, with the queries of all heads that share it -> dk, dv [BLOCK, D]."""
-    *tokens, dk, dv, k_tiles, v_tiles, filled, weight_tiles, d_logit_tiles, ring = rest
+    *tokens, dk, dv, k_tiles, v_tiles, filled, ring = rest
     batch, kv_head, block = (jax.lax.axis_index(name) for name in gpu_tile.AXES)
     visited = gpu_tile.load_visited(table, block)
     tiles_of_head = visited.num_tiles
@@ -158,21 +160,19 @@ def _keys_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
 
     def pieces(i):
         head = kv_head * group + jax.lax.div(i, tiles_of_head)
-        start = (visited.first + jax.lax.rem(i, tiles_of_head)) * COLUMNS
-        columns = pl.ds(start, COLUMNS)
+        start = (visited.first + jax.lax.rem(i, tiles_of_head)) * QUERIES
+        columns = pl.ds(start, QUERIES)
         yield q.at[batch, columns, head]
         yield d_out.at[batch, columns, head]
         yield statistics.at[batch, head, :, columns]
         for x in tokens[:1]:
-            yield gpu_tile.of_batch(x, batch, start, COLUMNS)
+            yield gpu_tile.of_batch(x, batch, start, QUERIES)
 
     tiles = ring.start(num_tiles, pieces)
 
     start = block * BLOCK + warpgroup * ROWS
     rows = pl.ds(start, ROWS)
-    k_tile, v_tile, weight_tile, d_logit_tile = (
-        x.at[warpgroup] for x in (k_tiles, v_tiles, weight_tiles, d_logit_tiles)
-    )
+    k_tile, v_tile = (x.at[warpgroup] for x in (k_tiles, v_tiles))
     plgpu.copy_gmem_to_smem(k.at[batch, rows, kv_head], k_tile, filled.at[warpgroup])
     plgpu.copy_gmem_to_smem(v.at[batch, rows, kv_head], v_tile, filled.at[warpgroup])
     key = start
@@ -184,22 +184,28 @@ def _keys_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
         k_sums, v_sums = carry
         q_tile, d_out_tile, of_rows, *query_tokens = pieces
         tile = visited.first + jax.lax.rem(i, tiles_of_head)
-        query = gpu_tile.load_tokens(query_tokens[0], 1) if tokens else tile * COLUMNS
-        logits, d_weights = hopper.products((k_tile, q_tile.T), (v_tile, d_out_tile.T))
-        weights, d_logits = _weights(
-            spec,
-            logits,
-            d_weights,
-            lambda which: hopper.load_vector(of_rows.at[which], 1),
-            query,
-            key,
-            visited.is_full(tile),
-            queries_axis=1,
-        )
-        # Both leave the registers before a product needs them.
-        hopper.stage((weights, weight_tile), (d_logits, d_logit_tile))
-        v_sums += hopper.product(weight_tile, d_out_tile)
-        k_sums += hopper.product(d_logit_tile, q_tile)
+        query = gpu_tile.load_tokens(query_tokens[0], 1) if tokens else tile * QUERIES
+        where = query, key, visited.is_full(tile)
+
+        def add(products, d_weights):
+            plgpu.wgmma(products, k_tile, q_tile.T)
+            plgpu.wgmma(d_weights, v_tile, d_out_tile.T)
+            products = plgpu.wgmma_accumulator_load(products, wait_n=1)
+            lse = hopper.load_vector(of_rows.at[0], 1)
+            logits, weights = _weights(spec, products, lse, where, queries_axis=1)
+
+            def of_values():
+                return weights, d_out_tile
+
+            def of_keys():
+                d_w = plgpu.wgmma_accumulator_load(d_weights, wait_n=1)
+                delta = hopper.load_vector(of_rows.at[1], 1)
+                return _logits_gradient(spec, logits, weights, d_w, delta, queries_axis=1), q_tile
+
+            return hopper.add_products((v_sums, k_sums), (of_values, of_keys), spec.interpret)
+
+        sums = plgpu.ACC((ROWS, QUERIES), jnp.float32)
+        v_sums, k_sums = pl.run_scoped(add, sums, sums)
         return k_sums, v_sums
 
     nothing = hopper.zeros(ROWS, k.shape[3])
@@ -208,18 +214,25 @@ def _keys_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
     hopper.write_tile(v_sums, v_tile, dv.at[batch, rows, kv_head])
 
 
-def _weights(spec: Spec, products, d_weights, statistic, query, key, is_full, *, queries_axis: int):
-    """Weights of a tile, and the gradient of its logits but for the factor `scale`.
+def _weights(spec: Spec, products, lse, where, *, queries_axis: int):
+    """A tile's logits and weights, logits in base 2.
 
-    `statistic(0)` are the log-sum-exps of the queries in base 2, `statistic(1)` their deltas; they are read where they
-    are needed, because along the columns of a tile they fill registers.
+    Args:
+        spec: the specification.
+        products: q · k, or k · q.
+        lse: log-sum-exps of the queries in base 2. Along the columns of a tile, vectors fill registers: they are read
+            where they are needed.
+        where: `(query, key, is_full)` as `gpu_tile.where_allowed` takes them.
+        queries_axis: likewise.
     """
     logits = gpu_tile.base2_logits(spec, products)
-    weights = jnp.exp2(logits - hopper.along(statistic(0), logits.shape, queries_axis))
-    weights = gpu_tile.where_allowed(
-        spec, weights, 0.0, query, key, is_full, queries_axis=queries_axis
-    )
-    d_logits = weights * (d_weights - hopper.along(statistic(1), logits.shape, queries_axis))
+    weights = jnp.exp2(logits - hopper.along(lse, logits.shape, queries_axis))
+    return logits, gpu_tile.where_allowed(spec, weights, 0.0, *where, queries_axis=queries_axis)
+
+
+def _logits_gradient(spec: Spec, logits, weights, d_weights, delta, *, queries_axis: int):
+    """The gradient of a tile's logits but for the factor `scale`."""
+    d_logits = weights * (d_weights - hopper.along(delta, logits.shape, queries_axis))
     if spec.logits_soft_cap is not None:
         d_logits *= gpu_tile.soft_cap_slope(spec, logits)
-    return weights, d_logits
+    return d_logits

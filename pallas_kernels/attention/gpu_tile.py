@@ -23,8 +23,11 @@ LOG2_E = math.log2(math.e)
 LOWEST = -1e30
 # Rows of a block.
 BLOCK = WARPGROUPS * ROWS
+LARGEST_HEAD_DIM = 128
 # Entries of a head that a padded row has a multiple of: 128 bytes, the widest swizzle of shared memory.
 HEAD_MULTIPLE = 64
+# Shared memory for a ring of k and v, or of q and d_out, and the most tiles that are of use there.
+RING_BYTES, MOST_STAGES = 2**17, 4
 # Axes of the grid.
 AXES = ("batch", "head", "block")
 
@@ -59,6 +62,16 @@ def base2_logits(spec: Spec, products):
     # The instruction for tanh is good to 11 bits only: tanh x = 1 - 2 / (e^2x + 1).
     powers = jnp.exp2(products * (2 * LOG2_E * spec.scale / cap))
     return (cap * LOG2_E) - (2 * cap * LOG2_E) / (powers + 1)
+
+
+def logits_and_factor(spec: Spec, products):
+    """Products q · k -> logits in base 2 but for a positive factor, and the factor.
+
+    A multiplication and a subtraction after it are one instruction.
+    """
+    if spec.logits_soft_cap is None and spec.scale > 0:
+        return products, spec.scale * LOG2_E
+    return base2_logits(spec, products), 1.0
 
 
 def soft_cap_slope(spec: Spec, logits):
@@ -116,15 +129,14 @@ class Softmax(NamedTuple):
         nothing = hopper.zeros(ROWS)
         return cls(hopper.zeros(ROWS, value_dim), nothing, nothing + LOWEST)
 
-    def add(self, logits, v_tile, weight_tile) -> "Softmax":
-        """With a tile's logits in base 2 and its values; `weight_tile` is shared memory for the weights."""
-        highest = jnp.maximum(self.highest, logits.max(axis=1))
-        weights = jnp.exp2(logits - along(highest, logits.shape, 0))
+    def add(self, logits, factor, v_tile, interpret) -> "Softmax":
+        """With a tile's logits as of `logits_and_factor`, -inf where masked, and its values in shared memory."""
+        highest = jnp.maximum(self.highest, logits.max(axis=1) * factor)
+        weights = jnp.exp2(logits * factor - along(highest, logits.shape, 0))
         rescale = jnp.exp2(self.highest - highest)
-        hopper.stage((weights, weight_tile))
+        total = self.total * rescale + weights.sum(axis=1)
         values = self.values * along(rescale, self.values.shape, 0)
-        values += hopper.product(weight_tile, v_tile)
-        return Softmax(values, self.total * rescale + weights.sum(axis=1), highest)
+        return Softmax(hopper.add_product(values, weights, v_tile, interpret), total, highest)
 
     def result(self):
         """Output and log-sum-exp; a row that saw nothing has total 0: 0 and -inf."""
@@ -198,20 +210,35 @@ def key_ring(k, v, tokens, length: int) -> hopper.Ring:
     """Scratch for a ring of tiles of `length` keys; `tokens` as `token_arrays` makes them."""
     pieces = [((length, x.shape[3]), x.dtype) for x in (k, v)]
     pieces += [((x.shape[1], length), x.dtype) for x in tokens[1:]]
-    return hopper.ring(*pieces)
+    return hopper.ring(*pieces, stages=stages(k.shape[3], length))
+
+
+def stages(width: int, length: int) -> int:
+    """Tiles of a ring: the copy of one has the time of the others that are there to arrive in.
+
+    A tile has `length` tokens of two arrays.
+    """
+    return min(MOST_STAGES, RING_BYTES // (2 * width * length * jnp.dtype(jnp.bfloat16).itemsize))
+
+
+def keys_of(x, q, batch, head, tile, length: int):
+    """A tile of k or v, `length` keys, for the query head `head` of q."""
+    return x.at[batch, pl.ds(tile * length, length), jax.lax.div(head, q.shape[2] // x.shape[2])]
 
 
 def start_keys(
-    ring: hopper.Ring, visited: Visited, q, k, v, tokens, batch, head, length: int
+    ring: hopper.Ring, visited: Visited, q, k, v, tokens, batch, head, length: int, ahead: int = 0
 ) -> hopper.Tiles:
-    """The tiles that a block of the query head `head` visits, of `length` keys each."""
-    kv_head = jax.lax.div(head, q.shape[2] // k.shape[2])
+    """The tiles that a block of the query head `head` visits, of `length` keys each.
+
+    `ahead`: a tile brings the k of the tile so many further on, the last ones that of the last.
+    """
 
     def pieces(i):
-        start = (visited.first + i) * length
-        rows = pl.ds(start, length)
-        yield k.at[batch, rows, kv_head]
-        yield v.at[batch, rows, kv_head]
+        tile = visited.first + i
+        start = tile * length
+        yield keys_of(k, q, batch, head, jnp.minimum(tile + ahead, visited.stop - 1), length)
+        yield keys_of(v, q, batch, head, tile, length)
         for x in tokens[1:]:
             yield of_batch(x, batch, start, length)
 

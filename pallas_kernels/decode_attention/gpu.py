@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.attention.gpu_tile import Softmax, base2_logits
+from pallas_kernels.attention.gpu_tile import Softmax, logits_and_factor
 from pallas_kernels.decode_attention.gpu_parts import (
     ALIGNMENT,
     Part,
@@ -127,7 +127,6 @@ def _call(spec: Spec, tables, q, k_cache, v_cache):
         scratch=(
             plgpu.SMEM((ROWS, dim), dtype),
             plgpu.Barrier(),
-            plgpu.SMEM((WARPGROUPS, ROWS, spec.half), dtype),
             plgpu.SMEM((WARPGROUPS, ROWS, value_dim), jnp.float32),
             hopper.Ring(
                 tuple(tiles),
@@ -145,7 +144,7 @@ def _call(spec: Spec, tables, q, k_cache, v_cache):
 def _kernel(spec: Spec, num_tables: int, *refs):
     """A block: q [rows, D] of a key head, part of k [S, D], v [S, Dv] -> out [rows, Dv], lse [ROWS] of each half."""
     (lengths, *page_table), refs = refs[:num_tables], refs[num_tables:]
-    q, k, v, out, lse, q_tile, q_filled, weight_tiles, out_tiles, ring = refs
+    q, k, v, out, lse, q_tile, q_filled, out_tiles, ring = refs
     batch, index, head, block = (
         jax.lax.axis_index(name) for name in ("batch", "part", "head", "block")
     )
@@ -161,16 +160,16 @@ def _kernel(spec: Spec, num_tables: int, *refs):
 
     tiles = _start(spec, part, ring, (k, v), batch, head, *page_table)
 
-    weight_tile, out_tile = weight_tiles.at[warpgroup], out_tiles.at[warpgroup]
+    out_tile = out_tiles.at[warpgroup]
     plgpu.barrier_wait(q_filled)
 
     def accumulate(i, pieces, softmax):
         k_tile, v_tile = (piece.at[warpgroup] for piece in pieces)
         own = part.start + i * spec.keys + warpgroup * spec.half
         start = _start_of_copy(spec, own)
-        logits = base2_logits(spec, hopper.product(q_tile, k_tile.T))
+        logits, factor = logits_and_factor(spec, hopper.product(q_tile, k_tile.T))
         logits = _hide(spec, part, logits, v_tile, block, own, start)
-        return softmax.add(logits, v_tile, weight_tile)
+        return softmax.add(logits, factor, v_tile, spec.interpret)
 
     own_part = index * WARPGROUPS + warpgroup
     softmax = tiles.fold(accumulate, Softmax.of_nothing(v.shape[3]))
