@@ -120,17 +120,20 @@ def _taylor(dim: int) -> GpuFeatures:
         scales.append(np.full(count, dim**-0.5))
     pairs = [np.concatenate(x) for x in (first, second)]
 
-    def logits(product):
-        # x̂ · ŷ counts the two ones.
-        return (product - 1) * dim**-0.5
-
     def prepare(x):
         x = x.astype(jnp.float32)
         return jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
 
+    # 1 + l + l²/2 of the logit l = (x̂ · ŷ - 1) / sqrt(d), which x̂ · ŷ exceeds by the product of the two ones, as a
+    # polynomial of x̂ · ŷ: two instructions and not four.
+    scale = dim**-0.5
+    constant, linear, square = 1 - scale + scale**2 / 2, scale - scale**2, scale**2 / 2
+
     def weigh(product):
-        logit = logits(product)
-        return 1 + logit * (1 + 0.5 * logit)
+        return (square * product + linear) * product + constant
+
+    def slope(product):
+        return 2 * square * product + linear
 
     width = _width(dim + 1, TAYLOR_WIDTHS)
     return GpuFeatures(
@@ -140,7 +143,7 @@ def _taylor(dim: int) -> GpuFeatures:
         selectors=_selectors(pairs, width),
         scales=np.concatenate(scales).astype(np.float32),
         weigh=weigh,
-        slope=lambda product: (1 + logits(product)) * dim**-0.5,
+        slope=slope,
     )
 
 

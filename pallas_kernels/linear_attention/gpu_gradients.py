@@ -11,7 +11,6 @@ Tiles are [queries, keys] for queries and [keys, queries] for keys and values: r
 sums stay in the registers of one warpgroup and a gradient is the same each time.
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +90,6 @@ def _call(spec: Spec, kernel, inputs: Inputs, *, like, out):
         scratch=(
             *tiles,
             plgpu.Barrier(num_arrivals=2, num_barriers=WARPGROUPS),
-            plgpu.SMEM((WARPGROUPS, 2, ROWS, COLUMNS), dtype),
             gpu_tile.state_ring(spec, values),
             hopper.ring(*(((COLUMNS, x.shape[3]), dtype) for x in like), *vectors),
         ),
@@ -101,9 +99,7 @@ def _call(spec: Spec, kernel, inputs: Inputs, *, like, out):
     )
 
 
-def _query_kernel(
-    spec: Spec, inputs: Inputs, dq, q_tiles, u_tiles, filled, staged, past_ring, ring
-):
+def _query_kernel(spec: Spec, inputs: Inputs, dq, q_tiles, u_tiles, filled, past_ring, ring):
     """A block: the queries [BLOCK, Dx] of a head, the keys of its group up to them -> dq̂ [BLOCK, Dx]."""
     q, k, v, u, d_total, state, sums, selectors, rows = inputs
     block = gpu_tile.Block.here(spec)
@@ -113,11 +109,7 @@ def _query_kernel(
     tiles = gpu_tile.start_keys(ring, block, k, v, rows)
 
     own = block.rows(warpgroup)
-    q_tile, u_tile, stage = (
-        q_tiles.at[warpgroup],
-        u_tiles.at[warpgroup],
-        staged.at[warpgroup, 0],
-    )
+    q_tile, u_tile = q_tiles.at[warpgroup], u_tiles.at[warpgroup]
     for x, tile in ((q, q_tile), (u, u_tile)):
         plgpu.copy_gmem_to_smem(x.at[block.batch, own, block.head], tile, filled.at[warpgroup])
     d_totals = hopper.load_vector(d_total.at[block.batch, block.head, own], 0)
@@ -137,8 +129,8 @@ def _query_kernel(
         d_products += along(d_totals, d_products.shape, 0) * along(
             hopper.load_vector(sums_tile, 1), d_products.shape, 1
         )
-        of_past = gpu_tile.pulled(entries, d_products, matrices, stage)
-        return total + gpu_tile.rows_kept(of_past, from_past)
+        d_products = gpu_tile.rows_kept(d_products, from_past)
+        return gpu_tile.add_pulled(spec, total, entries, d_products, matrices)
 
     def meet_keys(i, pieces, total):
         k_tile, v_tile, *key_run = pieces
@@ -151,8 +143,7 @@ def _query_kernel(
             (query_run, hopper.load_vector(key_run[0], 1)) if key_run else None,
             queries_axis=0,
         )
-        hopper.stage((d_products, stage))
-        return total + hopper.product(stage, k_tile)
+        return hopper.add_product(total, d_products, k_tile, spec.interpret)
 
     total = past.fold(meet_past, hopper.zeros(ROWS, q.shape[3]))
     total = tiles.fold(meet_keys, total)
@@ -160,7 +151,7 @@ def _query_kernel(
 
 
 def _key_value_kernel(
-    spec: Spec, inputs: Inputs, dk, dv, k_tiles, v_tiles, filled, staged, state_ring, ring
+    spec: Spec, inputs: Inputs, dk, dv, k_tiles, v_tiles, filled, state_ring, ring
 ):
     """A block: the keys [BLOCK, Dx] of a head, the queries of its group from them on -> dk̂ [BLOCK, Dx] and dv."""
     q, k, v, u, d_total, state, sums, selectors, rows = inputs
@@ -183,7 +174,6 @@ def _key_value_kernel(
 
     own = block.rows(warpgroup)
     k_tile, v_tile = k_tiles.at[warpgroup], v_tiles.at[warpgroup]
-    first, second = (staged.at[warpgroup, i] for i in range(2))
     for x, tile in ((k, k_tile), (v, v_tile)):
         plgpu.copy_gmem_to_smem(x.at[block.batch, own, block.head], tile, filled.at[warpgroup])
     key_run = to_state = None
@@ -200,14 +190,10 @@ def _key_value_kernel(
             *((k_tile, matrix) for matrix in matrices), (v_tile, state_tile.T)
         )
         d_products += along(hopper.load_vector(sums_tile, 1), d_products.shape, 1)
-        features = k_tile
-        if matrices:
-            hopper.stage((functools.reduce(jnp.multiply, entries), first))
-            features = first
-        of_keys = gpu_tile.pulled(entries, d_products, matrices, second)
-        k_total += gpu_tile.rows_kept(of_keys, to_state)
-        v_total += gpu_tile.rows_kept(hopper.product(features, state_tile), to_state)
-        return k_total, v_total
+        d_products = gpu_tile.rows_kept(d_products, to_state)
+        features = gpu_tile.rows_kept(gpu_tile.features_of(k_tile, entries), to_state)
+        v_total = hopper.add_product(v_total, features, state_tile, spec.interpret)
+        return gpu_tile.add_pulled(spec, k_total, entries, d_products, matrices), v_total
 
     def meet_queries(i, pieces, carry):
         k_total, v_total = carry
@@ -227,10 +213,11 @@ def _key_value_kernel(
                 gpu_tile.weigh_gradient(spec, products, d_weights),
             )
         )
-        # Both leave the registers before a product needs them.
-        hopper.stage((weights, first), (d_products, second))
-        v_total += hopper.product(first, u_tile)
-        k_total += hopper.product(second, q_tile)
+        v_total, k_total = hopper.add_products(
+            (v_total, k_total),
+            (lambda: (weights, u_tile), lambda: (d_products, q_tile)),
+            spec.interpret,
+        )
         return k_total, v_total
 
     carry = hopper.zeros(ROWS, k.shape[3]), hopper.zeros(ROWS, v.shape[3])

@@ -39,7 +39,6 @@ def outputs(spec: Spec, q, k, v, rows, state, sums):
         scratch=(
             plgpu.SMEM((WARPGROUPS, ROWS, width), q.dtype),
             plgpu.Barrier(num_barriers=WARPGROUPS),
-            plgpu.SMEM((WARPGROUPS, ROWS, COLUMNS), v.dtype),
             plgpu.SMEM((WARPGROUPS, ROWS, values), v.dtype),
             gpu_tile.state_ring(spec, values),
             hopper.ring(((COLUMNS, width), k.dtype), ((COLUMNS, values), v.dtype), *token_row),
@@ -53,7 +52,7 @@ def outputs(spec: Spec, q, k, v, rows, state, sums):
 def _kernel(spec: Spec, has_rows: bool, q, k, v, state, sums, selectors, *rest):
     """A block: the queries [BLOCK, Dx] of a head, the keys of its group up to them -> out [BLOCK, E], total [BLOCK]."""
     rows = rest[0] if has_rows else None
-    out, total_out, q_tiles, q_filled, weight_tiles, staged, past_ring, ring = rest[has_rows:]
+    out, total_out, q_tiles, q_filled, staged, past_ring, ring = rest[has_rows:]
     block = gpu_tile.Block.here(spec)
     warpgroup = jax.lax.axis_index("warpgroup")
     past_tiles = spec.tiles_of_past(block.group)
@@ -61,7 +60,7 @@ def _kernel(spec: Spec, has_rows: bool, q, k, v, state, sums, selectors, *rest):
     tiles = gpu_tile.start_keys(ring, block, k, v, rows)
 
     own = block.rows(warpgroup)
-    q_tile, weight_tile = q_tiles.at[warpgroup], weight_tiles.at[warpgroup]
+    q_tile = q_tiles.at[warpgroup]
     plgpu.copy_gmem_to_smem(q.at[block.batch, own, block.head], q_tile, q_filled.at[warpgroup])
     query_run = from_past = None
     if has_rows:
@@ -74,19 +73,11 @@ def _kernel(spec: Spec, has_rows: bool, q, k, v, state, sums, selectors, *rest):
     def meet_past(_, pieces, carry):
         numerator, total = carry
         state_tile, sums_tile, *matrices = pieces
-        if matrices:
-            features = functools.reduce(jnp.multiply, gpu_tile.picked(q_tile, matrices))
-        else:
-            features = plgpu.load(q_tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+        features = gpu_tile.features_of(q_tile, gpu_tile.picked(q_tile, matrices))
+        features = gpu_tile.rows_kept(features, from_past)
         sums_of_tile = along(hopper.load_vector(sums_tile, 1), features.shape, 1)
-        of_past = (features * sums_of_tile).sum(axis=1)
-        total += of_past if from_past is None else of_past * from_past
-        # What is read into registers is read before this, so that the next copy comes after it.
-        if matrices:
-            hopper.stage((features, weight_tile))
-        staged_features = weight_tile if matrices else q_tile
-        of_past = hopper.product(staged_features, state_tile)
-        return numerator + gpu_tile.rows_kept(of_past, from_past), total
+        total += (features * sums_of_tile).sum(axis=1)
+        return hopper.add_product(numerator, features, state_tile, spec.interpret), total
 
     def meet_keys(i, pieces, carry):
         numerator, total = carry
@@ -99,9 +90,8 @@ def _kernel(spec: Spec, has_rows: bool, q, k, v, state, sums, selectors, *rest):
             (query_run, hopper.load_vector(key_run[0], 1)) if has_rows else None,
             queries_axis=0,
         )
-        hopper.stage((weights, weight_tile))
         total += weights.sum(axis=1)
-        return numerator + hopper.product(weight_tile, v_tile), total
+        return hopper.add_product(numerator, weights, v_tile, spec.interpret), total
 
     carry = hopper.zeros(ROWS, v.shape[3]), hopper.zeros(ROWS)
     carry = past.fold(meet_past, carry)

@@ -98,7 +98,6 @@ def states(spec: Spec, tokens: Tokens, initial: State | None, *, reverse: bool):
         scratch=(
             plgpu.SMEM((WARPGROUPS, degree, width, FEATURES), jnp.bfloat16),
             plgpu.Barrier(num_arrivals=degree, num_barriers=WARPGROUPS),
-            plgpu.SMEM((WARPGROUPS, FEATURES, COLUMNS), jnp.bfloat16),
             plgpu.SMEM((WARPGROUPS, FEATURES, values), jnp.bfloat16),
             hopper.ring(
                 ((COLUMNS, width), tokens.x.dtype),
@@ -118,7 +117,7 @@ def _kernel(spec: Spec, structure, reverse: bool, *references):
     count = structure.num_leaves
     refs = jax.tree.unflatten(structure, references[:count])
     out_kv, out_sums, last_kv, last_sums, *scratch = references[count:]
-    matrices, matrices_filled, feature_tiles, staged, ring = scratch
+    matrices, matrices_filled, staged, ring = scratch
     batch, head, pair = (jax.lax.axis_index(name) for name in ("batch", "head", "tile"))
     num_tiles, group_tiles = refs["x"].shape[1] // COLUMNS, spec.group // COLUMNS
 
@@ -161,7 +160,6 @@ def _kernel(spec: Spec, structure, reverse: bool, *references):
         def _():
             emit(group, kv, sums)
 
-        tile = feature_tiles.at[warpgroup]
         entries = hopper.products(*((selectors.at[j].T, x.T) for j in range(selectors.shape[0])))
         products = functools.reduce(jnp.multiply, entries)
         if refs["rows"] is not None:
@@ -171,9 +169,8 @@ def _kernel(spec: Spec, structure, reverse: bool, *references):
         weighted = products
         if vectors:
             weighted *= along(hopper.load_vector(vectors[0], 1), products.shape, 1)
-        # What is read into registers is read before this, so that the next copy comes after it.
-        hopper.stage((products, tile))
-        return kv + hopper.product(tile, y), sums + weighted.sum(axis=1)
+        kv = hopper.add_product(kv, products, y, spec.interpret)
+        return kv, sums + weighted.sum(axis=1)
 
     kv, sums = tiles.fold(accumulate, carry)
     last_sums[batch, head, rows] = sums

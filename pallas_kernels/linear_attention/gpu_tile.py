@@ -99,21 +99,27 @@ def grid(x) -> dict[str, int]:
 
 def picked(x, matrices) -> list:
     """x̂ A_i of tokens [T, Dx], for each of the matrices [Dx, F] in shared memory: [T, F] in registers."""
-    return hopper.products(*((x, matrix) for matrix in matrices))
+    return hopper.products(*((x, matrix) for matrix in matrices)) if matrices else []
 
 
-def pulled(entries, d_products, matrices, staged):
-    """The gradient of x̂ [T, Dx] from that of Π_i (x̂ A_i) [T, F], through the shared memory `staged`.
+def features_of(x, entries):
+    """φ̂(x) [T, F] in registers, of x̂ in shared memory and what matrices have picked of it, if any."""
+    if entries:
+        return math.prod(entries[1:], start=entries[0])
+    return plgpu.load(x, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def add_pulled(spec: Spec, total, entries, d_products, matrices):
+    """`total` and the gradient of x̂ [T, Dx] from that of Π_i (x̂ A_i) [T, F].
 
     A picked entry has the others of its feature as its slope.
     """
     if not matrices:
-        return d_products
-    total = 0
+        return total + d_products
     for i, matrix in enumerate(matrices):
         others = [entry for j, entry in enumerate(entries) if j != i]
-        hopper.stage((math.prod(others, start=d_products), staged))
-        total += hopper.product(staged, matrix.T)
+        slope = math.prod(others, start=d_products)
+        total = hopper.add_product(total, slope, matrix.T, spec.interpret)
     return total
 
 
