@@ -31,6 +31,7 @@ class Work(NamedTuple):
         c: C, likewise.
         bound: int32, for each row the bound that `gpu_chunk.decay` takes, or None.
         tiles: of channels.
+        interpret: as `hopper.call` takes it.
     """
 
     warpgroup: jax.Array
@@ -42,6 +43,7 @@ class Work(NamedTuple):
     c: Any
     bound: jax.Array | None
     tiles: hopper.Tiles
+    interpret: Any
 
     @property
     def rows(self):
@@ -97,7 +99,7 @@ def call(kernel: Callable, per_tile, B, C, scales, states, bounds, *, out, own, 
     def body(*refs):
         inputs = jax.tree.unflatten(tree, refs[: len(leaves)])
         outputs, scratch = refs[len(leaves) :][: len(out)], refs[len(leaves) + len(out) :]
-        _run(kernel, share, inputs, outputs, *scratch)
+        _run(kernel, share, interpret, inputs, outputs, *scratch)
 
     return hopper.call(
         body,
@@ -120,7 +122,7 @@ def call(kernel: Callable, per_tile, B, C, scales, states, bounds, *, out, own, 
     )
 
 
-def _run(kernel, share: int, inputs, outputs, b, c, filled, own, ring) -> None:
+def _run(kernel, share: int, interpret, inputs, outputs, b, c, filled, own, ring) -> None:
     per_tile, B, C, scales, states, bounds = inputs
     batch, chunk, block = (jax.lax.axis_index(name) for name in ("batch", "chunk", "block"))
     num_tiles = per_tile[0].shape[2]
@@ -145,7 +147,7 @@ def _run(kernel, share: int, inputs, outputs, b, c, filled, own, ring) -> None:
     own_tokens = _own_tokens(chunk, warpgroup)
     bound = hopper.load_vector(bounds[0].at[batch, own_tokens], 0) if bounds else None
     plgpu.barrier_wait(filled)
-    work = Work(warpgroup, batch, chunk, block, share, b, c, bound, tiles)
+    work = Work(warpgroup, batch, chunk, block, share, b, c, bound, tiles, interpret)
     kernel(work, outputs, [ref.at[warpgroup] for ref in own])
 
 

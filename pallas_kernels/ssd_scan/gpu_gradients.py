@@ -27,6 +27,7 @@ from pallas_kernels.hopper import ROWS, WARPGROUPS, along
 from pallas_kernels.ssd_scan import gpu_block
 from pallas_kernels.ssd_scan.gpu_block import Work
 from pallas_kernels.ssd_scan.gpu_chunk import (
+    CHANNELS,
     STATES,
     decay,
     half,
@@ -63,7 +64,7 @@ def of_reading(x, d_y, B, C, scales, begins, pasts, adjoints, *, interpret):
         [pasts, adjoints],
         begins,
         out=(_sums_of_tiles(x, 3), _sums_of_blocks(x, B)),
-        own=[((ROWS, ROWS), x.dtype)],
+        own=[],
         interpret=interpret,
         name="ssd_scan_gradients_reading",
     )
@@ -73,7 +74,6 @@ def of_reading(x, d_y, B, C, scales, begins, pasts, adjoints, *, interpret):
 def _reading_kernel(work: Work, outputs, own) -> None:
     """Tokens that read are along rows, those that write along columns."""
     sums, d_C = outputs
-    (staged,) = own
     c = work.c.at[work.rows]
 
     def step(tile, pieces, c_sums):
@@ -88,8 +88,8 @@ def _reading_kernel(work: Work, outputs, own) -> None:
             gradient *= decay(scales, work.warpgroup, part, work.bound, rows_read=True)
             gradient *= along(load_scale(scales, 1, part, 1), gradient.shape, 1)
             within += (similarity * gradient).sum(axis=1)
-            hopper.stage((gradient, staged))
-            return within, c_sums + hopper.product(staged, work.b.at[half(part)])
+            b = work.b.at[half(part)]
+            return within, hopper.add_product(c_sums, gradient, b, work.interpret)
 
         carry = hopper.zeros(ROWS), c_sums
         for part in range(WARPGROUPS):
@@ -103,8 +103,8 @@ def _reading_kernel(work: Work, outputs, own) -> None:
         for row, vector in enumerate((within, (d_reads * reads).sum(axis=1), kept.sum(axis=1))):
             sums[work.batch, tile, row, work.tokens] = vector
         from_past = load_scale(scales, 2, work.warpgroup, 0)
-        hopper.stage((d_reads * along(from_past, d_reads.shape, 0), staged))
-        return c_sums + hopper.product(staged, past)
+        d_reads *= along(from_past, d_reads.shape, 0)
+        return hopper.add_product(c_sums, d_reads, past, work.interpret)
 
     d_C[work.batch, work.block, work.tokens] = work.fold(step, hopper.zeros(ROWS, STATES))
 
@@ -135,7 +135,7 @@ def of_writing(x, d_y, B, C, scales, ends, adjoints, *, interpret):
             (x.shape, x.dtype),
             _sums_of_blocks(x, B),
         ),
-        own=[((ROWS, ROWS), x.dtype)] * (WARPGROUPS + 1),
+        own=[((ROWS, CHANNELS), x.dtype)],
         interpret=interpret,
         name="ssd_scan_gradients_writing",
     )
@@ -145,42 +145,38 @@ def of_writing(x, d_y, B, C, scales, ends, adjoints, *, interpret):
 def _writing_kernel(work: Work, outputs, own) -> None:
     """Tokens that write are along rows, those that read along columns."""
     sums, d_x, d_B = outputs
-    *weight_tiles, gradient_tile = own
-    d_x_tile = weight_tiles[0]
+    (d_x_tile,) = own
     b = work.b.at[work.rows]
-    visit = functools.partial(unless_empty, work.warpgroup, rows_read=False)
 
     def step(tile, pieces, b_sums):
         x, d_y, scales, adjoint = pieces
         x = x.at[work.rows]
         dt, to_end = (load_scale(scales, i, work.warpgroup, 0) for i in (1, 2))
-        # The tile before has left the shared memory.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        returns = hopper.product(b, adjoint.T)
+        to_state = (load_tile(x) * returns).sum(axis=1)
 
         def add(part, carry):
-            within, b_sums = carry
-            similarity, gradient = hopper.products(
-                (b, work.c.at[half(part)].T), (x, d_y.at[half(part)].T)
-            )
+            within, d_input, b_sums = carry
+            c, d_output = work.c.at[half(part)], d_y.at[half(part)]
+            similarity, gradient = hopper.products((b, c.T), (x, d_output.T))
             decays = decay(scales, work.warpgroup, part, work.bound, rows_read=False)
             weights = similarity * decays
             within += (weights * gradient).sum(axis=1)
             gradient *= decays * along(dt, decays.shape, 0)
-            hopper.stage((weights, weight_tiles[part]), (gradient, gradient_tile))
-            return within, b_sums + hopper.product(gradient_tile, work.c.at[half(part)])
+            d_input, b_sums = hopper.add_products(
+                (d_input, b_sums),
+                (lambda: (weights, d_output), lambda: (gradient, c)),
+                work.interpret,
+            )
+            return within, d_input, b_sums
 
-        def multiply(part, d_input):
-            return d_input + hopper.product(weight_tiles[part], d_y.at[half(part)])
-
-        carry = hopper.zeros(ROWS), b_sums
+        carry = hopper.zeros(ROWS), returns * along(to_end, returns.shape, 0), b_sums
         for part in range(WARPGROUPS):
-            carry = visit(part, functools.partial(add, part), carry)
-        within, b_sums = carry
-        returns = hopper.product(b, adjoint.T)
-        vectors = [within, (load_tile(x) * returns).sum(axis=1)]
-        d_input = returns * along(to_end, returns.shape, 0)
-        for part in range(WARPGROUPS):
-            d_input = visit(part, functools.partial(multiply, part), d_input)
+            carry = unless_empty(
+                work.warpgroup, part, functools.partial(add, part), carry, rows_read=False
+            )
+        within, d_input, b_sums = carry
+        vectors = [within, to_state]
         d_input *= along(dt, d_input.shape, 0)
         # Read once more: until here other tiles have the registers.
         inputs = load_tile(x)
@@ -188,12 +184,14 @@ def _writing_kernel(work: Work, outputs, own) -> None:
             d_outputs, skip = load_tile(d_y.at[work.rows]), load_scale(scales, 3, work.warpgroup, 0)
             d_input += d_outputs * along(skip, d_outputs.shape, 0)
             vectors.append((inputs * d_outputs).sum(axis=1))
-        writes = inputs * along(dt * to_end, inputs.shape, 0)
-        hopper.stage((d_input, d_x_tile), (writes, gradient_tile))
+        # The tile before has left the shared memory.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        hopper.stage((d_input, d_x_tile))
         plgpu.copy_smem_to_gmem(d_x_tile, d_x.at[work.batch, work.tokens, tile])
         for row, vector in enumerate(vectors):
             sums[work.batch, tile, row, work.tokens] = vector
-        return b_sums + hopper.product(gradient_tile, adjoint)
+        writes = inputs * along(dt * to_end, inputs.shape, 0)
+        return hopper.add_product(b_sums, writes, adjoint, work.interpret)
 
     d_B[work.batch, work.block, work.tokens] = work.fold(step, hopper.zeros(ROWS, STATES))
     plgpu.wait_smem_to_gmem(0)

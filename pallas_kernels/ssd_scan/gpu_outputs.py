@@ -44,7 +44,7 @@ def outputs(x, B, C, scales, begins, pasts, *, interpret):
         [pasts],
         begins,
         out=((x.shape, x.dtype),),
-        own=(((ROWS, ROWS), x.dtype), ((ROWS, CHANNELS), x.dtype)),
+        own=(((ROWS, CHANNELS), x.dtype),),
         interpret=interpret,
         name="ssd_scan_outputs",
     )
@@ -54,7 +54,7 @@ def outputs(x, B, C, scales, begins, pasts, *, interpret):
 def _kernel(work: Work, outputs, own) -> None:
     """Tokens that read are along rows, those that write along columns."""
     (y,) = outputs
-    weight_tile, y_tile = own
+    (y_tile,) = own
     c = work.c.at[work.rows]
     # All heads of the group share the products C_t · B_s.
     similarities = hopper.products(*((c, work.b.at[half(i)].T) for i in range(WARPGROUPS)))
@@ -67,8 +67,7 @@ def _kernel(work: Work, outputs, own) -> None:
                 scales, work.warpgroup, part, work.bound, rows_read=True
             )
             weights *= along(load_scale(scales, 1, part, 1), weights.shape, 1)
-            hopper.stage((weights, weight_tile))
-            return y_sums + hopper.product(weight_tile, x.at[half(part)])
+            return hopper.add_product(y_sums, weights, x.at[half(part)], work.interpret)
 
         reads = hopper.product(c, past.T)
         y_sums = reads * along(load_scale(scales, 2, work.warpgroup, 0), reads.shape, 0)
