@@ -30,6 +30,8 @@ from pallas_kernels.varying import vary_alike
 
 # The chips with `wgmma`, as their device kinds say.
 CHIPS = ("H100", "H200", "H800", "H20", "GH200")
+# Of an H100 and an H200.
+MULTIPROCESSORS = 132
 # Rows of a tile that one `wgmma` of a warpgroup takes.
 ROWS = 64
 # Of a block: threads of three would have fewer registers, 168 and not 255.

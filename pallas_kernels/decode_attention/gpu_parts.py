@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.hopper import ROWS, WARPGROUPS
+from pallas_kernels.hopper import MULTIPROCESSORS, ROWS, WARPGROUPS
 
-# Of an H100 and an H200; each runs one block at a time, as a ring of tiles fills its shared memory.
-MULTIPROCESSORS = 132
 # Keys of a tile that a warpgroup takes, where a head of k and one of v have that many entries together at most: 32 KiB.
 HALF_TILES = {128: 128, 256: 64}
 # A copy begins with a multiple of this many rows, and has one: those of one swizzle of shared memory.

@@ -2,7 +2,7 @@
 
 Gu and Dao, arXiv 2312.00752, section 3.3.2: states never reach HBM, but for the one before each chunk of tokens, from
 which the backward (`gpu_backward`) computes the others again. Each of two warpgroups has 64 channels; time is walked in
-order, and batch times channels is what runs in parallel.
+order, and batch times channels is what runs in parallel, or where that is too little, parts of time too (`gpu_parts`).
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hopper
 from pallas_kernels.hopper import WARPGROUPS
 from pallas_kernels.residuals import keep
-from pallas_kernels.selective_scan import gpu_backward, gpu_chunks, gpu_tile
+from pallas_kernels.selective_scan import gpu_backward, gpu_chunks, gpu_parts, gpu_tile
 from pallas_kernels.selective_scan.gpu_chunks import Chunk, Inputs, Spec
 from pallas_kernels.selective_scan.gpu_tile import (
     BLOCK,
@@ -53,7 +53,9 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
     (_, time, channels), states = u.shape, A.shape[1]
     most_states = max(8, 2 ** (states - 1).bit_length())
     chunk = gpu_chunks.chunk_size(u, delta, z, most_states)
-    more_time, more_channels, more_states = -time % chunk, -channels % BLOCK, most_states - states
+    more_channels, more_states = -channels % BLOCK, most_states - states
+    parts = gpu_parts.count(u.shape[0], time, channels + more_channels)
+    more_time = -time % (chunk * parts)
 
     def pad(x, *axes):
         return None if x is None else jnp.pad(x, [(0, more) for more in axes])
@@ -64,7 +66,8 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
     resets = pad(resets, 0, more_time)
     state = pad(state, 0, more_channels, more_states)
     spec = Spec(chunk, hopper.interpreter(interpret))
-    y, state = _scan(spec, *vary_alike((u, delta, A, B, C, D, z, resets, state)))
+    arguments = vary_alike((u, delta, A, B, C, D, z, resets, state))
+    y, state = gpu_parts.walk(functools.partial(_scan, spec), parts, *arguments)
     return y[:, :time, :channels], state[:, :channels, :states]
 
 

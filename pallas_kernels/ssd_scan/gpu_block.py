@@ -11,11 +11,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hopper
-from pallas_kernels.hopper import ROWS, WARPGROUPS
+from pallas_kernels.hopper import MULTIPROCESSORS, ROWS, WARPGROUPS
 from pallas_kernels.ssd_scan.gpu_chunk import CHANNELS, CHUNK, STATES, half
 
-# Blocks that a grid should have at least: two for each of the 132 multiprocessors of an H100 or H200.
-BLOCKS = 2 * 132
+# Blocks that a grid should have at least.
+BLOCKS = 2 * MULTIPROCESSORS
 
 
 class Work(NamedTuple):

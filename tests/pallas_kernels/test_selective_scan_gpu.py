@@ -19,7 +19,7 @@ from test_selective_scan import in_float32, random_inputs
 from test_selective_scan_tpu import shapes
 
 from pallas_kernels import selective_scan, topology
-from pallas_kernels.selective_scan import IMPLEMENTATIONS, gpu, gpu_chunks, gpu_tile
+from pallas_kernels.selective_scan import IMPLEMENTATIONS, gpu, gpu_chunks, gpu_parts, gpu_tile
 
 # Batch, length, channels, states, whether there are segments, which optional arrays there are, dtype. The interpreter
 # takes its time by tokens and by blocks of 128 channels, whatever they hold.
@@ -110,6 +110,20 @@ def test_no_race_with_more_chunks_than_a_ring_holds(rng, short_chunks, race_dete
     assert 3 * chunk < 29
     segment_ids = jnp.asarray(random_segments(rng, 1, 29))
     assert_like_xla(function, "gpu_checked", inputs, segment_ids)
+
+
+def test_time_in_parts_side_by_side(rng, short_chunks, monkeypatch):
+    monkeypatch.setattr(gpu_parts, "SHORTEST", 4)
+    inputs = in_float32(random_inputs(rng, 1, 17, 3, 2))
+    assert gpu_parts.count(1, 17, 128) == 4
+    # The second segment begins in the second part, and goes on in all others.
+    segment_ids = jnp.asarray(np.arange(17) // 7 % 2 + 1)[None].at[:, 14:].set(2)
+    assert_like_xla(gradients, "gpu_interpret", inputs, segment_ids)
+
+
+def test_time_is_whole_where_rows_and_channels_are_enough():
+    assert gpu_parts.count(2, 2048, 768) == 11
+    assert gpu_parts.count(8, 2048, 1536) == gpu_parts.count(1, 400, 128) == 1
 
 
 @pytest.mark.slow
@@ -229,14 +243,14 @@ def test_compiles_for_gpu_with_gradients(shape, dtypes, has_segments):
     assert all(kernel in compiled.as_text() for kernel in KERNELS)
     # One state a token would be 16 arrays like u in float32.
     if shape[1] == 2048:
-        assert compiled.memory_analysis().temp_size_in_bytes < 4 * np.prod(shape[:3]) * 4
+        assert compiled.memory_analysis().temp_size_in_bytes < 10 * np.prod(shape[:3]) * 4
 
 
 @needs_cuda_plugin
 def test_without_gradients_no_state_leaves_the_kernel_but_the_last():
-    inputs = shapes(1, 512, 256, 16, "bfloat16")
+    inputs = shapes(1, 384, 256, 16, "bfloat16")
     function = functools.partial(lambda x: selective_scan(**x, implementation="gpu"))
-    chunks = r"f32\[1,32,16,16,16\]"  # the state before each of 32 chunks
+    chunks = r"f32\[1,24,16,16,16\]"  # the state before each of 24 chunks
     assert not re.search(chunks, topology.compile_for("h100", function, inputs).as_text())
     both = functools.partial(out_and_gradients, function)
     assert re.search(chunks, topology.compile_for("h100", both, inputs).as_text())
@@ -264,7 +278,8 @@ def test_compiles_for_gpu_under_vmap_remat_and_scan_of_layers():
 @needs_cuda_plugin
 def test_compiles_for_gpus_under_shard_map():
     """Each device has rows of its own; the rates are shared, and their gradient is the sum over devices."""
-    inputs = shapes(2, 64, 128, 16, "bfloat16")
+    inputs = shapes(2, 512, 128, 16, "bfloat16")
+    assert gpu_parts.count(1, 512, 128) > 1
     rows, whole = PartitionSpec("data"), PartitionSpec()
     specs = {name: whole if name in "AD" else rows for name in inputs}
     function = jax.shard_map(
