@@ -26,7 +26,6 @@ from pallas_kernels.selective_scan.tpu_tile import (
     LOG2_E,
     SLOTS,
     STEP,
-    STEPS_OF_A_REGISTER,
     SUBLANES,
     VMEM_LIMIT,
     Blocks,
@@ -93,7 +92,7 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False, d
     chunk = chunk_tokens(time=u.shape[1], channels=block, itemsize=u.dtype.itemsize)
     unrolled = unrolled_steps(
         chunk // STEP,
-        least=STEPS_OF_A_REGISTER,
+        least=SLOTS,
         block_states=block * A.shape[0],
         itemsize=u.dtype.itemsize,
     )

@@ -66,7 +66,7 @@ class Spec:
     def whole_registers(self) -> bool:
         """Whether it is known when a loop is compiled where in a register a step of a trip has its columns.
 
-        The TPU's compiler wants to know: a rotation to lanes that are known would be waited for.
+        Else they are rotated to lanes that are, which is waited for.
         """
         return self.unrolled % STEPS_OF_A_REGISTER == 0
 
@@ -279,7 +279,7 @@ def columns(ref, at: Step):
         register = pltpu.bitcast(register, jnp.uint32)
     first = at.lane
     if not isinstance(first, int):
-        register, first = jnp.roll(register, -first, axis=1), 0
+        register, first = pltpu.roll(register, (LANES - first) % LANES, axis=1), 0
     tokens = [register[:, lane : lane + 1] for lane in range(first, first + STEP)]
     spread = [pltpu.bitcast(jnp.broadcast_to(x, register.shape), ref.dtype) for x in tokens]
     return jnp.stack([x.astype(jnp.float32) for x in spread])
