@@ -46,7 +46,8 @@ def main(argv):
         raise app.UsageError(str(error)) from error
     out = Path(_OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    results["rows"] = [*_others(out / "kernels.json", results), *results["rows"]]
+    rows = [*_others(out / "kernels.json", results), *results["rows"]]
+    results["rows"] = sorted(rows, key=lambda row: list(CASES).index(row["op"]))
     (out / "kernels.json").write_text(json.dumps(results, indent=2) + "\n")
     plot.save(results, out / "kernels.png")
     if _PUBLISH.value:
