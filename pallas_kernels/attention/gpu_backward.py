@@ -106,9 +106,7 @@ def _queries_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
         where = query, key, visited.is_full(tile)
 
         def differentiate(products, d_weights):
-            plgpu.wgmma(products, q_tile, k_tile.T)
-            plgpu.wgmma(d_weights, d_out_tile, v_tile.T)
-            products = plgpu.wgmma_accumulator_load(products, wait_n=1)
+            products = _begin(products, (q_tile, k_tile.T), d_weights, (d_out_tile, v_tile.T))
             logits, weights = _weights(spec, products, lse, where, queries_axis=0)
             return _logits_gradient(spec, logits, weights, d_weights[...], delta, queries_axis=0)
 
@@ -188,9 +186,7 @@ def _keys_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
         where = query, key, visited.is_full(tile)
 
         def add(products, d_weights):
-            plgpu.wgmma(products, k_tile, q_tile.T)
-            plgpu.wgmma(d_weights, v_tile, d_out_tile.T)
-            products = plgpu.wgmma_accumulator_load(products, wait_n=1)
+            products = _begin(products, (k_tile, q_tile.T), d_weights, (v_tile, d_out_tile.T))
             lse = hopper.load_vector(of_rows.at[0], 1)
             logits, weights = _weights(spec, products, lse, where, queries_axis=1)
 
@@ -212,6 +208,13 @@ def _keys_kernel(spec: Spec, table, q, d_out, k, v, statistics, *rest):
     k_sums, v_sums = tiles.fold(accumulate, (nothing, nothing))
     hopper.write_tile(k_sums * spec.scale, k_tile, dk.at[batch, rows, kv_head])
     hopper.write_tile(v_sums, v_tile, dv.at[batch, rows, kv_head])
+
+
+def _begin(first_sums, first, second_sums, second):
+    """Begins two products x · y, of pairs (x, y), and reads the first while the tensor cores are at the second."""
+    plgpu.wgmma(first_sums, *first)
+    plgpu.wgmma(second_sums, *second)
+    return plgpu.wgmma_accumulator_load(first_sums, wait_n=1)
 
 
 def _weights(spec: Spec, products, lse, where, *, queries_axis: int):

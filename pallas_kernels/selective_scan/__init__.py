@@ -8,7 +8,7 @@ from pallas_kernels.checks import check_array, check_same_dtype, check_segment_i
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.segments import resets
 from pallas_kernels.selective_scan import reference, xla
-from pallas_kernels.selective_scan.state import step
+from pallas_kernels.selective_scan.state import decay_over, step
 from pallas_kernels.varying import vary_alike
 
 __all__ = ["selective_scan", "selective_scan_decode"]
@@ -87,8 +87,7 @@ def selective_scan(
     if axis_name is None:
         y, state = scan(state)
     else:
-        decay = jnp.exp(jnp.sum(delta.astype(A.dtype), axis=1)[..., None] * A)
-        y, state = across_shards(scan, state, segment_ids, axis_name, decay)
+        y, state = across_shards(scan, state, segment_ids, axis_name, decay_over(delta, A))
     if is_token is not None:
         y = jnp.where(is_token[..., None], y, 0)
     return (y, state) if return_state else y

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.hopper import MULTIPROCESSORS
 from pallas_kernels.selective_scan.gpu_tile import BLOCK
+from pallas_kernels.selective_scan.state import decay_over
 from pallas_kernels.varying import vary_alike
 
 # Twice the work, and two kernels to start: fewer or shorter parts do not pay.
@@ -41,7 +42,7 @@ def walk(scan, parts: int, u, delta, A, B, C, D, z, resets, state):
 
     nothing = jnp.zeros((batch, parts, *state.shape[1:]), state.dtype)
     _, added = from_states(vary_alike((nothing, state))[0])
-    left = jnp.exp(cut(delta).astype(A.dtype).sum(axis=1)[..., None] * A)
+    left = decay_over(cut(delta), A)
     if resets is not None:
         left = jnp.where(cut(resets).any(axis=1)[:, None, None], 0, left)
     added, left = by_row(added), by_row(left)

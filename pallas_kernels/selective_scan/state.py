@@ -1,4 +1,4 @@
-"""One token of the selective scan."""
+"""One token of the selective scan, and what many leave of a state."""
 
 import jax
 import jax.numpy as jnp
@@ -20,3 +20,8 @@ def skip_and_gate(y, u, D, z):
     if D is not None:
         y = y + D.astype(y.dtype) * u.astype(y.dtype)
     return y if z is None else y * jax.nn.silu(z.astype(y.dtype))
+
+
+def decay_over(delta, A):
+    """By how much tokens multiply the state before them: delta [B, T, E], A [E, N] -> [B, E, N]."""
+    return jnp.exp(jnp.sum(delta.astype(A.dtype), axis=1)[..., None] * A)
