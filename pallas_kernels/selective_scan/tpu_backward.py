@@ -13,8 +13,8 @@ does not wait for itself, and what is left in between stays in registers or in w
 
 Where vector units multiply bfloat16 and store two registers a cycle (`Spec.narrow`), the way out leaves the decay,
 which is not computed again, and exp(Δ_t A) h_{t-1} Δ_t A in bfloat16, so that p is one product of what the matrix unit
-takes anyway. There the sums over channels for B begin in the vector unit: a matrix unit takes the adjoints for them
-transposed, at half its pace, and without them it has less to do than the vector unit. Elsewhere it leaves the state
+takes anyway. There the sums over channels for B begin in the vector unit where a block has several parts: a matrix unit
+takes the adjoints for them transposed, at half its pace, but once for all of the parts. Elsewhere it leaves the state
 before: with two registers left of each state, stores bind on v5e, which has one a cycle.
 """
 
@@ -29,6 +29,7 @@ from pallas_kernels.selective_scan.tpu_blocks import LANES
 from pallas_kernels.selective_scan.tpu_tile import (
     LAST,
     LOG2_E,
+    ROWS_OF_A_TILE,
     SLOTS,
     STEP,
     STEPS_OF_A_REGISTER,
@@ -50,6 +51,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     stack,
     states_of_steps,
     sums,
+    tiles,
     widened,
 )
 from pallas_kernels.tpu_call import tpu_call
@@ -112,8 +114,9 @@ def backward(spec: Spec, saved, cotangents):
         out_shape=tuple(shape for shape, _ in outputs.values()),
         scratch_shapes=(
             *[rows_of_steps(spec)] * 3,
-            rows_of_steps(spec, jnp.uint32) if spec.narrow else None,
+            rows_of_steps(spec, jnp.uint32) if spec.sums_lanes else None,
             *[columns_of_steps(states)] * 2,
+            states_of_steps(states, u.dtype),
             *[states_of_steps(states, jnp.float32)] * 2,
         ),
         compiler_params=pltpu.CompilerParams(
@@ -133,12 +136,12 @@ def backward(spec: Spec, saved, cotangents):
 def _kernel(
     spec, u, delta, A, B_columns, C_columns, B, C, D, z, resets, past, d_y, d_last,
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, adjoint,
-    steps, inputs, d_reads, narrow_inputs, to_state, from_state, products_B, products_C,
+    steps, inputs, d_reads, narrow_inputs, to_state, from_state, writing, products_B, products_C,
 ):  # fmt: skip
     """One chunk of one block of channels. The gradient of the first state holds the adjoint from chunk to chunk.
 
     Scratch: of the steps at hand rows of Δ, Δ u, the gradients of what is read, and Δ u as `_twice_in_bfloat16`;
-    columns of B and C, spread over lanes; and products over channels.
+    columns of B and C, spread over lanes; `by_state` of B; and products over channels.
     """
 
     @pl.when(pl.program_id(2) == 0)
@@ -155,28 +158,33 @@ def _kernel(
         steps, inputs, d_reads, to_state,
     )  # fmt: skip
     way_back = functools.partial(
-        _way_back, spec, u, base2_A, D, resets, d_u, d_delta, d_A, d_D, adjoint,
-        steps, inputs, d_reads, narrow_inputs, from_state,
-    )  # fmt: skip
+        _way_back, spec, dtype, base2_A, resets, adjoint, steps, d_reads, narrow_inputs, from_state
+    )
+    add_up = functools.partial(
+        _add_up, spec, u, D, d_u, d_delta, d_A, d_D, steps, inputs, d_reads, writing
+    )
 
     def prepare(at):
         step = _step(delta[at.tokens])
         taken = step * _wide(u[at.tokens])
         steps[at.slot], inputs[at.slot] = step, taken
-        if spec.narrow:
+        if spec.sums_lanes:
             narrow_inputs[at.slot] = _twice_in_bfloat16(taken)
         d_read = _wide(d_y[at.tokens])
         d_reads[at.slot] = d_read if z is None else d_read * jax.nn.silu(_wide(z[at.tokens]))
         to_state[at.slot], from_state[at.slot] = columns(B_columns, at), columns(C_columns, at)
+        writing[at.slot] = by_state(B[at.tokens], reverse=True)
 
     def finish(at):
         d_B[at.tokens] = of_own(products_B[at.slot], dtype, reverse=True)
         d_C[at.tokens] = of_own(products_C[at.slot], dtype)
 
-    _for_each_step(spec, B, prepare, way_out, way_back, finish, products_B, products_C)
+    _for_each_step(spec, dtype, prepare, way_out, way_back, add_up, finish, products_B, products_C)
 
 
-def _for_each_step(spec, B, prepare, way_out, way_back, finish, products_B, products_C):
+def _for_each_step(
+    spec, dtype, prepare, way_out, way_back, add_up, finish, products_B, products_C,
+):  # fmt: skip
     """Takes the steps of a chunk from the last to the first through their stages; a step is prepared before the one
     ahead of it, and finished after the next, as in `for_each_step`.
     """
@@ -191,21 +199,21 @@ def _for_each_step(spec, B, prepare, way_out, way_back, finish, products_B, prod
     def trip(i, _):
         waiting = []
 
-        def back(place, part, writing, left, to_B):
-            to_B.append(way_back(at(i, place), part, writing, left))
+        def back(place, part, left, to_B):
+            now = at(i, place)
+            to_B.append(add_up(now, part, *way_back(now, part, left)))
             if len(to_B) == len(parts):
-                products_B[at(i, place).slot] = _over_channels(spec, sum(to_B), B.dtype)
+                products_B[now.slot] = _over_channels(spec, sum(to_B), dtype)
                 finish(at(i, place - 1))
 
         for place in range(unrolled):
             now = at(i, place)
             prepare(at(i, place + 1))
-            writing = by_state(B[now.tokens], reverse=True)
             to_B, to_C = [], 0
             for part in parts:
                 left, read = way_out(now, part)
                 to_C += read
-                waiting.append((place, part, writing, left, to_B))
+                waiting.append((place, part, left, to_B))
                 if len(waiting) > PARTS_AHEAD:
                     back(*waiting.pop(0))
             products_C[now.slot] = to_C
@@ -249,20 +257,18 @@ def _way_out(
 
 
 def _way_back(
-    spec, u, base2_A, D, resets, d_u, d_delta, d_A, d_D, adjoint,
-    steps, inputs, d_reads, narrow_inputs, from_state, at, part, writing, left,
+    spec, dtype, base2_A, resets, adjoint, steps, d_reads, narrow_inputs, from_state, at, part, left,
 ):  # fmt: skip
-    """The adjoints of a part's states in a step, and the gradients that are sums of them.
+    """The adjoints of a part's states in a step.
 
     Args:
         at, part: the step and the channels.
-        writing: `by_state` of B.
         left: what `_way_out` left.
 
     Returns:
-        What `_over_channels` takes.
+        Of each token, the last first: the adjoint, p, and the products with Δ u where `Spec.sums_lanes`.
     """
-    dtype, rounded, num_states = u.dtype, u.dtype == jnp.bfloat16, base2_A.shape[0]
+    num_states = base2_A.shape[0]
     g, passed, by_exponents, written = adjoint[:, part], [], [], []
     for t in reversed(range(STEP)):
         g += widened(from_state[at.slot, t], part) * row(d_reads, at, t, part)
@@ -270,8 +276,9 @@ def _way_back(
             kept, factor = left[t]
             passed.append(g.astype(dtype))
             by_exponents.append(passed[-1] * factor)
-            taken = _in_bfloat16(row(narrow_inputs, at, t, part), num_states)
-            written.append(in_lanes(passed[-1] * taken))
+            if spec.sums_lanes:
+                taken = _in_bfloat16(row(narrow_inputs, at, t, part), num_states)
+                written.append(in_lanes(passed[-1] * taken))
             g *= kept
         else:
             passed.append(g)
@@ -279,13 +286,33 @@ def _way_back(
             g *= decay(exponent, resets, at, t)
             by_exponents.append(g * left[t] * exponent)
     adjoint[:, part] = g
-    # The adjoints go into two products and are converted once; the others are rounded by the matrix unit.
-    passed, by_exponents = stack(passed).astype(dtype), stack(by_exponents)
+    return passed, by_exponents, written
+
+
+def _add_up(
+    spec, u, D, d_u, d_delta, d_A, d_D, steps, inputs, d_reads, writing,
+    at, part, passed, by_exponents, written,
+):  # fmt: skip
+    """The gradients that are sums of what `_way_back` returns, of a part in a step.
+
+    Returns:
+        What `_over_channels` takes.
+    """
+    dtype, rounded, num_states = u.dtype, u.dtype == jnp.bfloat16, passed[0].shape[0]
     tokens, step, taken = at.tokens, steps[at.slot, :, part], inputs[at.slot, :, part]
     for_decay = sums(num_states, reverse=True).astype(jnp.float32)
-    both = dot(for_decay, by_exponents, rounded=rounded)
-    to_B = stack(written) if spec.narrow else dot(taken.astype(dtype), passed, LAST)
-    d_write = dot(writing, passed)
+    both = dot(for_decay, stack(by_exponents), rounded=rounded)
+    # A product of a tile begins before all of the stack is there.
+    if spec.sums_lanes:
+        to_B = stack(written)
+    else:
+        of_tiles = [x.astype(dtype) for x in tiles(passed, ROWS_OF_A_TILE)]
+        to_B = jnp.concatenate([dot(taken.astype(dtype), x, LAST) for x in of_tiles], axis=1)
+    d_write, first = 0, 0
+    for adjoints in tiles(passed, spec.matrix_width):
+        last = first + len(adjoints)
+        d_write += dot(writing[at.slot, :, first:last], adjoints.astype(dtype))
+        first = last
     to_u = d_write * step
     if D is not None:
         d_read = d_reads[at.slot, :, part]
@@ -300,8 +327,8 @@ def _way_back(
 
 
 def _over_channels(spec: Spec, to_B, dtype):
-    """Products over channels for the gradient of B, of the sum of what `_way_back` gives for the parts of a block."""
-    return dot(jnp.ones((STEP, LANES), dtype), to_B, LAST) if spec.narrow else to_B
+    """Products over channels for the gradient of B, of the sum of what `_add_up` gives for the parts of a block."""
+    return dot(jnp.ones((STEP, LANES), dtype), to_B, LAST) if spec.sums_lanes else to_B
 
 
 def _step(delta):

@@ -70,6 +70,11 @@ class Spec:
         """
         return self.unrolled % STEPS_OF_A_REGISTER == 0
 
+    @property
+    def sums_lanes(self) -> bool:
+        """Whether sums over channels begin in the vector unit, in bfloat16, of the parts of a block together."""
+        return self.narrow and self.channels > self.matrix_width
+
     def parts(self, most: int = MOST_IN_REGISTERS) -> list[slice]:
         """Of a block, the channels that go through a step in time together, beside what it needs of them.
 
@@ -152,6 +157,11 @@ def for_each_step(spec: Spec, prepare, advance) -> None:
     jax.lax.fori_loop(0, count // spec.unrolled, trip, None)
 
 
+def tokens_of_a_tile(states: int, rows: int) -> int:
+    """Tokens of a step whose states are in a tile of up to `rows`: a power of two."""
+    return min(STEP, 1 << (max(1, rows // states).bit_length() - 1))
+
+
 def place_of(token, states: int, *, reverse: bool = False):
     """Where in a stack of the states of a step those of a token are, and which token's are at a place: its own inverse.
 
@@ -160,14 +170,24 @@ def place_of(token, states: int, *, reverse: bool = False):
         states: N.
         reverse: whether the last token comes first.
     """
-    in_a_tile = 1 << (max(1, ROWS_OF_A_TILE // states).bit_length() - 1)
-    return token ^ (min(in_a_tile, STEP) - 1) ^ (STEP - 1 if reverse else 0)
+    in_a_tile = tokens_of_a_tile(states, ROWS_OF_A_TILE)
+    return token ^ (in_a_tile - 1) ^ (STEP - 1 if reverse else 0)
 
 
 def stack(of_tokens: list):
     """[N, part] of each token in the order in which they came -> [STEP * N, part]."""
     states = of_tokens[0].shape[0]
     return jnp.concatenate([of_tokens[place_of(i, states)] for i in range(STEP)], axis=0)
+
+
+def tiles(of_tokens: list, rows: int) -> list:
+    """The stack of tokens, cut into tiles of up to `rows`."""
+    states = of_tokens[0].shape[0]
+    size = tokens_of_a_tile(states, rows)
+    return [
+        jnp.concatenate([of_tokens[place_of(i + j, states)] for j in range(size)], axis=0)
+        for i in range(0, STEP, size)
+    ]
 
 
 def own(states: int, *, reverse: bool = False):
