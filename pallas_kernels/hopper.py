@@ -17,6 +17,7 @@ in other words. All else is proven without a GPU as it is. Three things the inte
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,8 @@ ROWS = 64
 WARPGROUPS = 2
 # Tiles in a ring, at the least: one is read while the other arrives.
 STAGES = 2
+# Of the host, for an interpreter: one waits for the block, one for a barrier, and one is what both wait for.
+LEAST_THREADS = 3
 
 
 def refuses_device() -> str | None:
@@ -172,10 +175,27 @@ def call(
 
 
 def interpreter(interpret):
-    """`interpret` as `call` takes it, from False, True or a `plgpu.InterpretGPUParams`."""
-    if isinstance(interpret, bool):
-        return plgpu.InterpretGPUParams() if interpret else None
-    return interpret
+    """`interpret` as `call` takes it, from False, True or a `plgpu.InterpretGPUParams`.
+
+    Raises:
+        ValueError: where the interpreter would wait for ever, since every thread of XLA waits in it.
+    """
+    if interpret is False:
+        return None
+    if (threads := _host_threads()) < LEAST_THREADS:
+        raise ValueError(
+            f"XLA has {threads} threads on this host; the interpreter of GPU kernels needs {LEAST_THREADS}: "
+            f"set NPROC={LEAST_THREADS} in the environment before JAX starts"
+        )
+    return plgpu.InterpretGPUParams() if interpret is True else interpret
+
+
+def _host_threads() -> int:
+    """Threads of XLA's programs on CPU: by the environment, else one a core, and at least one a device."""
+    named = os.environ.get("PJRT_NPROC") or os.environ.get("NPROC")
+    # Of the cores, those that this process may use, where the system tells.
+    usable = getattr(os, "sched_getaffinity", lambda _: range(os.cpu_count()))(0)
+    return max(int(named) if named else len(usable), jax.local_device_count("cpu"))
 
 
 class Ring(NamedTuple):
