@@ -1,5 +1,6 @@
 """What the tests of the scans share: segments, and where a recurrence meets them."""
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -20,3 +21,11 @@ def tokens_of(segment_ids):
 def positive_steps(rng, shape):
     """Steps as a softplus gives them: from hardly anything to more than one."""
     return np.log1p(np.exp(rng.normal(size=shape) - 1))
+
+
+def weighted_sum(*arrays):
+    """A loss in float32: every number times one of its own, which does not depend on it.
+
+    States grow, and of a large number a sine would keep few digits.
+    """
+    return sum(jnp.sum(x * jnp.cos(jnp.arange(x.size)).reshape(x.shape)) for x in arrays)

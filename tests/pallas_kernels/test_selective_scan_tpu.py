@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 from proof import CHIPS, assert_close, compile_with_gradients, needs_libtpu, relative_error
-from scan_cases import random_segments
+from scan_cases import random_segments, weighted_sum
 from test_selective_scan import in_float32, random_inputs
 
 from pallas_kernels import selective_scan, topology
@@ -83,7 +83,7 @@ def test_several_chunks_without_races(rng):
 
     def loss(inputs, state, interpret):
         y, last = tpu.selective_scan(**inputs, resets=resets, state=state, interpret=interpret)
-        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(last))
+        return weighted_sum(y, last)
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
     got = gradient(inputs, state, pltpu.InterpretParams(detect_races=True, random_seed=1))
@@ -126,7 +126,7 @@ def test_under_vmap_and_remat(rng):
     def gradient(implementation, wrap=lambda f: f):
         def loss(inputs, segment_ids):
             options = {"segment_ids": segment_ids, "implementation": implementation}
-            return jnp.sum(jnp.sin(selective_scan(**inputs, **options)))
+            return weighted_sum(selective_scan(**inputs, **options))
 
         return jax.jit(jax.vmap(jax.grad(wrap(loss))))(stacked, segment_ids)
 
@@ -162,7 +162,7 @@ def test_under_shard_map_with_rates_shared_by_all_rows(rng):
     )
 
     def gradients(function):
-        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(function(x, segment_ids)))))(inputs)
+        return jax.jit(jax.grad(lambda x: weighted_sum(function(x, segment_ids))))(inputs)
 
     got, want = gradients(sharded), gradients(functools.partial(op, "xla"))
     for name in want:

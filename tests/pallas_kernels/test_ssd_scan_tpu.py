@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 from proof import CHIPS, assert_close, compile_with_gradients, needs_libtpu, relative_error
-from scan_cases import random_segments
+from scan_cases import random_segments, weighted_sum
 from test_ssd_scan import in_float32
 from test_ssd_scan import random_inputs as random_inputs_of_any_step
 
@@ -104,7 +104,7 @@ def test_several_steps_of_the_grid_without_races(rng, monkeypatch):
         y, last = tpu.ssd_scan(
             **inputs, reset=reset, state=state, chunk_size=128, interpret=interpret
         )
-        return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(last))
+        return weighted_sum(y, last)
 
     gradient = jax.jit(jax.grad(loss, argnums=(0, 1)), static_argnums=2)
     got = gradient(inputs, state, pltpu.InterpretParams(detect_races=True, random_seed=1))
@@ -122,7 +122,7 @@ def test_a_step_that_is_forgotten_at_once_or_that_grows(rng):
     def gradients(implementation):
         def loss(inputs):
             y, state = ssd_scan(**inputs, return_state=True, implementation=implementation)
-            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(state)), y
+            return weighted_sum(y, state), y
 
         return jax.jit(jax.grad(loss, has_aux=True))(inputs)
 
@@ -143,7 +143,7 @@ def test_under_vmap_and_remat(rng):
     def gradient(implementation, wrap=lambda f: f):
         def loss(inputs, segment_ids):
             options = {"segment_ids": segment_ids, "chunk_size": 128}
-            return jnp.sum(jnp.sin(ssd_scan(**inputs, **options, implementation=implementation)))
+            return weighted_sum(ssd_scan(**inputs, **options, implementation=implementation))
 
         return jax.jit(jax.vmap(jax.grad(wrap(loss))))(stacked, segment_ids)
 
@@ -174,7 +174,7 @@ def test_under_shard_map_with_rates_shared_by_all_rows(rng):
     )
 
     def gradients(function):
-        return jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(function(x, segment_ids)))))(inputs)
+        return jax.jit(jax.grad(lambda x: weighted_sum(function(x, segment_ids))))(inputs)
 
     got, want = gradients(sharded), gradients(functools.partial(op, "xla"))
     for name in want:
