@@ -290,6 +290,8 @@ class _Grid:
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
                 vmem_limit_bytes=VMEM_BYTES,
+                # Of copies, whose blocks are those of this grid: what few steps begin and end with would wait for them.
+                disable_bounds_checks=True,
             ),
             interpret=self.spec.interpret,
             name="ssd_scan_" + kernel.__module__.rsplit("_", 1)[1],
