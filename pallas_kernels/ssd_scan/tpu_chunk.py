@@ -103,12 +103,12 @@ def all_registers(sizes: Blocks, dt, totals, marks) -> list[Registers]:
 def totals(sizes: Blocks, dt, A, dtype) -> list[jax.Array]:
     """`Registers.total` of all, of refs dt [heads, tokens] and A [heads, 128], for x of `dtype`.
 
-    A matrix unit has to be given the ones of running sums for each product. Of wide units there are two, and a product
-    for each; of others there are more, and the first product is done sooner.
+    A matrix unit has to be given the ones of running sums for each product. On wide units, of which there are few, it
+    is one; of others there are more, and the first product of several is done sooner.
     """
     rates = jnp.concatenate([A[...] * LOG2_E] * sizes.together)
     of_all = []
-    at_once = -(-sizes.groups // 2) if sizes.on_matrix_unit else 1
+    at_once = sizes.groups if sizes.on_matrix_unit else 1
     for first in range(0, sizes.groups, at_once):
         groups = range(first, min(first + at_once, sizes.groups))
         exponents = jnp.concatenate([stacked(sizes, dt, group) * rates for group in groups])
