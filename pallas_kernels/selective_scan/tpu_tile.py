@@ -157,11 +157,6 @@ def for_each_step(spec: Spec, prepare, advance) -> None:
     jax.lax.fori_loop(0, count // spec.unrolled, trip, None)
 
 
-def tokens_of_a_tile(states: int, rows: int) -> int:
-    """Tokens of a step whose states are in a tile of up to `rows`: a power of two."""
-    return min(STEP, 1 << (max(1, rows // states).bit_length() - 1))
-
-
 def place_of(token, states: int, *, reverse: bool = False):
     """Where in a stack of the states of a step those of a token are, and which token's are at a place: its own inverse.
 
@@ -170,8 +165,8 @@ def place_of(token, states: int, *, reverse: bool = False):
         states: N.
         reverse: whether the last token comes first.
     """
-    in_a_tile = tokens_of_a_tile(states, ROWS_OF_A_TILE)
-    return token ^ (in_a_tile - 1) ^ (STEP - 1 if reverse else 0)
+    in_a_tile = 1 << (max(1, ROWS_OF_A_TILE // states).bit_length() - 1)
+    return token ^ (min(in_a_tile, STEP) - 1) ^ (STEP - 1 if reverse else 0)
 
 
 def stack(of_tokens: list):
@@ -181,11 +176,11 @@ def stack(of_tokens: list):
 
 
 def tiles(of_tokens: list, rows: int) -> list:
-    """The stack of tokens, cut into tiles of up to `rows`."""
+    """The stack of tokens, cut into tiles of `rows`, or whole where the states of tokens do not fill them."""
     states = of_tokens[0].shape[0]
-    size = tokens_of_a_tile(states, rows)
+    size = rows // states if rows % states == 0 else STEP
     return [
-        jnp.concatenate([of_tokens[place_of(i + j, states)] for j in range(size)], axis=0)
+        jnp.concatenate([of_tokens[place_of(j, states)] for j in range(i, min(i + size, STEP))], 0)
         for i in range(0, STEP, size)
     ]
 

@@ -24,10 +24,19 @@ CASES = {
     "blocks of channels": (150, 300, 4, False, ("z", "initial_state")),
     "parts of a block": (130, 512, 3, True, ("D",)),
     "a skip, segments": (150, 128, 5, True, ("D",)),
+    "states that fill no tile": (40, 20, 20, False, ("initial_state",)),
+    "tiles of two tokens": (40, 20, 64, False, ("initial_state",)),
     "everything": (300, 100, 9, True, ("D", "z", "initial_state")),
 }
 # In float32 these are for `-m slow`.
-LONG_CASES = ("whole chunks", "blocks of channels", "a skip, segments", "everything")
+LONG_CASES = (
+    "whole chunks",
+    "blocks of channels",
+    "a skip, segments",
+    "states that fill no tile",
+    "tiles of two tokens",
+    "everything",
+)
 
 
 @pytest.mark.parametrize(
