@@ -75,7 +75,7 @@ def test_a_prompt_and_what_follows_are_the_parallel_pass(kv_sharing, rng):
     is_token[:, LONG] = True  # the next token of each row
     positions = np.maximum(np.cumsum(is_token, axis=1) - 1, 0).astype(np.int32)
     segments = is_token.astype(np.int32)
-    variables = init(mor, RECURSIONS, rng, (x, positions, segments), router_scale=50.0)
+    variables = init(mor, RECURSIONS, rng, (x, positions, segments), router_scale=8.0)
     bias = variables["params"]["routing"]["balance_bias"]
 
     @jax.jit
