@@ -133,12 +133,15 @@ def test_the_bias_evens_out_the_load(rng):
         jax.tree.map(
             np.testing.assert_array_equal, updated["params"][scope], variables["params"][scope]
         )
-    for _ in range(60):
+    # From a load that luck cannot make even: all take one depth.
+    variables["params"]["routing"]["balance_bias"] = np.array([2, 0, 0], np.float32)
+    first = loads(variables)
+    for _ in range(120):
         variables, _, _ = step(variables)
     last = loads(variables)
     print("load by depth:", first, "->", last)
-    # A step of the bias moves a few tokens to and fro.
-    assert np.abs(last - 1 / RECURSIONS).max() < max(0.1, np.abs(first - 1 / RECURSIONS).max())
+    assert np.abs(last - 1 / RECURSIONS).max() < 0.15
+    assert np.abs(last - 1 / RECURSIONS).max() <= np.abs(first - 1 / RECURSIONS).max()
 
 
 @pytest.mark.parametrize(
