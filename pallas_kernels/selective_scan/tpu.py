@@ -23,8 +23,8 @@ from pallas_kernels.selective_scan.tpu_blocks import (
     unrolled_steps,
 )
 from pallas_kernels.selective_scan.tpu_tile import (
+    LEAST_STEPS,
     LOG2_E,
-    SLOTS,
     STEP,
     SUBLANES,
     VMEM_LIMIT,
@@ -38,9 +38,11 @@ from pallas_kernels.selective_scan.tpu_tile import (
     for_each_step,
     in_columns,
     row,
+    rows_of_a_register,
     rows_of_steps,
     stack,
     states_of_steps,
+    transposed,
     widened,
 )
 from pallas_kernels.tpu_call import tpu_call
@@ -49,7 +51,7 @@ from pallas_kernels.varying import interpreter, shaped_like
 # A chunk of states has to fit into VMEM.
 MOST_STATES = 64
 # Steps in a trip for an interpreter: long code is but long to compile.
-INTERPRETED_STEPS = SLOTS
+INTERPRETED_STEPS = LEAST_STEPS
 
 
 def refuses(u, delta, A, B, C, D, z, resets, state) -> str | None:
@@ -92,7 +94,7 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False, d
     chunk = chunk_tokens(time=u.shape[1], channels=block, itemsize=u.dtype.itemsize)
     unrolled = unrolled_steps(
         chunk // STEP,
-        least=SLOTS,
+        least=LEAST_STEPS,
         block_states=block * A.shape[0],
         itemsize=u.dtype.itemsize,
     )
@@ -130,8 +132,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         blocks.tokens,
         blocks.tokens,
         blocks.per_channel,
-        blocks.columns,
-        blocks.rows,
+        *[blocks.columns] * 2,
         None if D is None else blocks.channel_row,
         None if z is None else blocks.tokens,
         None if resets is None else blocks.resets,
@@ -150,16 +151,19 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         ),
         scratch_shapes=(
             *[rows_of_steps(spec)] * 2,
-            columns_of_steps(states),
-            states_of_steps(states, u.dtype),
+            columns_of_steps(spec, states),
+            states_of_steps(spec, states, u.dtype),
+            rows_of_a_register(states),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
+            # Blocks are those of the grid.
+            disable_bounds_checks=True,
         ),
         interpret=spec.interpret,
         name="selective_scan_forward",
-    )(u, delta, A, in_columns(spec, B), C, D, z, resets, state)
+    )(u, delta, A, in_columns(spec, B), in_columns(spec, C), D, z, resets, state)
 
 
 _scan.defvjp(_forward, tpu_backward.backward)
@@ -167,7 +171,7 @@ _scan.defvjp(_forward, tpu_backward.backward)
 
 def _kernel(
     spec, u, delta, A, B, C, D, z, resets, initial, y, state, past,
-    steps, inputs, to_state, from_state,
+    steps, inputs, to_state, from_state, C_rows,
 ):  # fmt: skip
     """One chunk of one block of channels. The block of the last state holds the present one from chunk to chunk."""
 
@@ -182,7 +186,10 @@ def _kernel(
         step = delta[at.tokens].astype(jnp.float32)
         steps[at.slot] = step
         inputs[at.slot] = step * u[at.tokens].astype(jnp.float32)
-        to_state[at.slot], from_state[at.slot] = columns(B, at), by_state(C[at.tokens])
+        to_state[at.slot] = columns(B, at)
+        if at.is_first:
+            C_rows[...] = transposed(C, at)
+        from_state[at.slot] = by_state(C_rows[at.lanes], u.dtype)
 
     def advance(at):
         for part in spec.parts():

@@ -30,28 +30,31 @@ from pallas_kernels.selective_scan.tpu_tile import (
     LAST,
     LOG2_E,
     ROWS_OF_A_TILE,
-    SLOTS,
     STEP,
     STEPS_OF_A_REGISTER,
     VMEM_LIMIT,
     Blocks,
     Spec,
-    Step,
     by_state,
     columns,
     columns_of_steps,
     decay,
     dot,
     in_columns,
+    in_columns_of_own,
     in_lanes,
     lane_of,
     of_own,
     row,
+    rows_of_a_register,
     rows_of_steps,
     stack,
+    states_of_a_register,
     states_of_steps,
+    step_of,
     sums,
     tiles,
+    transposed,
     widened,
 )
 from pallas_kernels.tpu_call import tpu_call
@@ -74,18 +77,13 @@ def backward(spec: Spec, saved, cotangents):
     chunks, channel_blocks = time // spec.chunk, channels // spec.channels
     blocks = Blocks(spec, states, lambda c: chunks - 1 - c)
     skips, gates = D is not None, z is not None
+    partial = u.dtype if channel_blocks == 1 else jnp.float32
+    by_block = shaped_like(u, (batch, channel_blocks, states, time), partial)
     outputs = {
         "u": (shaped_like(u, u.shape, u.dtype), blocks.tokens),
         "delta": (shaped_like(u, u.shape, delta.dtype), blocks.tokens),
         "A": (shaped_like(u, (batch, states, channels), jnp.float32), blocks.state),
-        "B": (
-            shaped_like(u, (batch, channel_blocks, time, states), jnp.float32),
-            blocks.partial_rows,
-        ),
-        "C": (
-            shaped_like(u, (batch, channel_blocks, time, states), jnp.float32),
-            blocks.partial_rows,
-        ),
+        **dict.fromkeys("BC", (by_block, blocks.partial_columns)),
         "D": (shaped_like(u, (batch, 1, channels), jnp.float32), blocks.state_row)
         if skips
         else (None, None),
@@ -99,10 +97,7 @@ def backward(spec: Spec, saved, cotangents):
             blocks.tokens,
             blocks.tokens,
             blocks.per_channel,
-            blocks.columns,
-            blocks.columns,
-            blocks.rows,
-            blocks.rows,
+            *[blocks.columns] * 2,
             blocks.channel_row if skips else None,
             blocks.tokens if gates else None,
             None if resets is None else blocks.resets,
@@ -115,33 +110,40 @@ def backward(spec: Spec, saved, cotangents):
         scratch_shapes=(
             *[rows_of_steps(spec)] * 3,
             rows_of_steps(spec, jnp.uint32) if spec.sums_lanes else None,
-            *[columns_of_steps(states)] * 2,
-            states_of_steps(states, u.dtype),
-            *[states_of_steps(states, jnp.float32)] * 2,
+            *[columns_of_steps(spec, states)] * 2,
+            states_of_steps(spec, states, u.dtype),
+            states_of_steps(spec, states, u.dtype) if gates else None,
+            rows_of_a_register(states),
+            rows_of_a_register(states) if gates else None,
+            *[states_of_a_register(states, u.dtype)] * 2,
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
+            # Blocks are those of the grid.
+            disable_bounds_checks=True,
         ),
         interpret=spec.interpret,
         name="selective_scan_backward",
-    )(u, delta, A, in_columns(spec, B), in_columns(spec, C), B, C, D, z, resets, pasts, d_y, d_last)
+    )(u, delta, A, in_columns(spec, B), in_columns(spec, C), D, z, resets, pasts, d_y, d_last)
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_state = gradients
     d_A = d_A.sum(axis=0) / (LOG2_E * _away_from_0(A, LEAST_RATE))
     d_D = None if d_D is None else d_D.sum(axis=0)
-    d_B, d_C = (x.sum(axis=1).astype(u.dtype) for x in (d_B, d_C))
+    d_B, d_C = (x.sum(axis=1).swapaxes(1, 2).astype(u.dtype) for x in (d_B, d_C))
     return d_u, d_delta, d_A, d_B, d_C, d_D, d_z, None, d_state
 
 
 def _kernel(
-    spec, u, delta, A, B_columns, C_columns, B, C, D, z, resets, past, d_y, d_last,
+    spec, u, delta, A, B, C, D, z, resets, past, d_y, d_last,
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, adjoint,
-    steps, inputs, d_reads, narrow_inputs, to_state, from_state, writing, products_B, products_C,
+    steps, inputs, d_reads, narrow_inputs, to_state, from_state, writing, reading,
+    B_rows, C_rows, own_B, own_C,
 ):  # fmt: skip
     """One chunk of one block of channels. The gradient of the first state holds the adjoint from chunk to chunk.
 
     Scratch: of the steps at hand rows of Δ, Δ u, the gradients of what is read, and Δ u as `_twice_in_bfloat16`;
-    columns of B and C, spread over lanes; `by_state` of B; and products over channels.
+    columns of B and C, spread over lanes; and `by_state` of both. Of all tokens with their columns in the register at
+    hand B and C as rows, and `of_own` of the products for the gradients of both.
     """
 
     @pl.when(pl.program_id(2) == 0)
@@ -154,7 +156,7 @@ def _kernel(
     base2_A = _away_from_0(A[...], LEAST_RATE) * LOG2_E
     dtype = u.dtype
     way_out = functools.partial(
-        _way_out, spec, u, base2_A, C, D, z, resets, past, d_y, d_z,
+        _way_out, spec, u, base2_A, reading, D, z, resets, past, d_y, d_z,
         steps, inputs, d_reads, to_state,
     )  # fmt: skip
     way_back = functools.partial(
@@ -172,21 +174,31 @@ def _kernel(
             narrow_inputs[at.slot] = _twice_in_bfloat16(taken)
         d_read = _wide(d_y[at.tokens])
         d_reads[at.slot] = d_read if z is None else d_read * jax.nn.silu(_wide(z[at.tokens]))
-        to_state[at.slot], from_state[at.slot] = columns(B_columns, at), columns(C_columns, at)
-        writing[at.slot] = by_state(B[at.tokens], reverse=True)
+        to_state[at.slot] = columns(B, at)
+        from_state[at.slot] = columns(C, at)
+
+    def turn(at):
+        if at.is_first:
+            B_rows[...] = transposed(B, at)
+        writing[at.slot] = by_state(B_rows[at.lanes], dtype, reverse=True)
+        if z is not None:
+            if at.is_first:
+                C_rows[...] = transposed(C, at)
+            reading[at.slot] = by_state(C_rows[at.lanes], dtype)
 
     def finish(at):
-        d_B[at.tokens] = of_own(products_B[at.slot], dtype, reverse=True)
-        d_C[at.tokens] = of_own(products_C[at.slot], dtype)
+        for gradient, of_states in ((d_B, own_B), (d_C, own_C)):
+            columns_of_own = in_columns_of_own(of_states[...])
+            gradient[:, at.whole_register] = columns_of_own.astype(gradient.dtype)
 
-    _for_each_step(spec, dtype, prepare, way_out, way_back, add_up, finish, products_B, products_C)
+    _for_each_step(spec, dtype, turn, prepare, way_out, way_back, add_up, finish, own_B, own_C)
 
 
 def _for_each_step(
-    spec, dtype, prepare, way_out, way_back, add_up, finish, products_B, products_C,
+    spec, dtype, turn, prepare, way_out, way_back, add_up, finish, own_B, own_C,
 ):  # fmt: skip
     """Takes the steps of a chunk from the last to the first through their stages; a step is prepared before the one
-    ahead of it, and finished after the next, as in `for_each_step`.
+    ahead of it, and a trip finished after the next has begun, as in `for_each_step`.
     """
     count, parts = spec.chunk // STEP, spec.parts(spec.matrix_width)
     unrolled = min(spec.unrolled, STEPS_OF_A_REGISTER)
@@ -194,7 +206,8 @@ def _for_each_step(
     def at(trip, place):
         # After the last comes the first again, and before the first the last, for nothing.
         index = count - 1 - (unrolled * trip + place + count) % count
-        return Step(index, place % SLOTS, lane_of(-1 - place if spec.whole_registers else index))
+        lane = lane_of(-1 - place if spec.whole_registers else index)
+        return step_of(spec, index, place, lane)
 
     def trip(i, _):
         waiting = []
@@ -203,30 +216,35 @@ def _for_each_step(
             now = at(i, place)
             to_B.append(add_up(now, part, *way_back(now, part, left)))
             if len(to_B) == len(parts):
-                products_B[now.slot] = _over_channels(spec, sum(to_B), dtype)
-                finish(at(i, place - 1))
+                products = _over_channels(spec, sum(to_B), dtype)
+                own_B[now.lanes] = of_own(products, dtype, reverse=True)
 
         for place in range(unrolled):
             now = at(i, place)
-            prepare(at(i, place + 1))
+            turn(at(i, place + 1))
             to_B, to_C = [], 0
             for part in parts:
+                if len(waiting) == PARTS_AHEAD:
+                    back(*waiting.pop(0))
                 left, read = way_out(now, part)
                 to_C += read
                 waiting.append((place, part, left, to_B))
-                if len(waiting) > PARTS_AHEAD:
-                    back(*waiting.pop(0))
-            products_C[now.slot] = to_C
+            if place == 0:
+                # Before the first of its rows is of this trip.
+                finish(at(i, -1))
+            own_C[now.lanes] = of_own(to_C, dtype)
+            prepare(at(i, place + 1))
         for part in waiting:
             back(*part)
 
     prepare(at(0, 0))
+    turn(at(0, 0))
     jax.lax.fori_loop(0, count // unrolled, trip, None)
     finish(at(0, -1))
 
 
 def _way_out(
-    spec, u, base2_A, C, D, z, resets, past, d_y, d_z,
+    spec, u, base2_A, reading, D, z, resets, past, d_y, d_z,
     steps, inputs, d_reads, to_state, at, part,
 ):  # fmt: skip
     """The states of a part in a step, and with them the gradients of z and, which is returned, of C.
@@ -246,7 +264,7 @@ def _way_out(
         passed.append(h)
     passed = stack(passed)
     if z is not None:
-        ungated = dot(by_state(C[tokens]), passed, rounded=rounded)
+        ungated = dot(reading[at.slot], passed, rounded=rounded)
         if D is not None:
             ungated += D[:, part] * _wide(u[tokens, part])
         gate = _wide(z[tokens, part])

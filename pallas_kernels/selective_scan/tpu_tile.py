@@ -31,8 +31,10 @@ LOG2_E = 1.4426950408889634
 # Blocks of a chunk in the backward, rows of it and what is spilled take 28 MiB for 1024 tokens of 768 channels in
 # bfloat16 with gate and skip; float32 products, whose operands the compiler splits, spill up to 11 more.
 VMEM_LIMIT = 48 * 2**20
-# Steps that may be at hand, which each have a slot.
-SLOTS = 4
+# Steps in a trip of a loop, at least.
+LEAST_STEPS = 4
+# Steps that may be at hand, which each have a slot: the more, the freer the compiler is to begin one early.
+MOST_SLOTS = 8
 # Steps whose columns are in one register.
 STEPS_OF_A_REGISTER = LANES // STEP
 # Channels whose states are in registers together.
@@ -48,8 +50,8 @@ class Spec:
     Attributes:
         channels: channels a block, a multiple of 128.
         chunk: tokens a grid step, a multiple of 128: B and C have tokens on lanes.
-        unrolled: steps in a trip of the loop over a chunk's, a multiple of `SLOTS` that divides their number; in the
-            backward no more than `STEPS_OF_A_REGISTER`.
+        unrolled: steps in a trip of the loop over a chunk's, a power of two that divides their number; in the backward
+            no more than `STEPS_OF_A_REGISTER`.
         matrix_width: rows and columns of a matrix unit, 128 or 256.
         narrow: whether what only goes into sums is bfloat16 in the vector unit of the backward, too.
         interpret: as `pallas_call` has it.
@@ -61,6 +63,11 @@ class Spec:
     matrix_width: int
     narrow: bool
     interpret: object
+
+    @property
+    def slots(self) -> int:
+        """Steps that may be at hand."""
+        return min(MOST_SLOTS, self.unrolled)
 
     @property
     def whole_registers(self) -> bool:
@@ -91,7 +98,6 @@ class Blocks:
         wide = (None, spec.chunk, spec.channels)
         self.tokens = pl.BlockSpec(wide, lambda b, e, c: (b, chunk_of(c), e))
         self.columns = pl.BlockSpec((None, states, spec.chunk), lambda b, e, c: (b, 0, chunk_of(c)))
-        self.rows = pl.BlockSpec((None, spec.chunk, states), lambda b, e, c: (b, chunk_of(c), 0))
         self.resets = pl.BlockSpec(
             (None, 1, spec.chunk), lambda b, e, c: (b, 0, chunk_of(c)), memory_space=pltpu.SMEM
         )
@@ -105,8 +111,8 @@ class Blocks:
             lambda b, e, c: (b, chunk_of(c), 0, e),
         )
         # Sums over the channels of a block only.
-        self.partial_rows = pl.BlockSpec(
-            (None, None, spec.chunk, states), lambda b, e, c: (b, e, chunk_of(c), 0)
+        self.partial_columns = pl.BlockSpec(
+            (None, None, states, spec.chunk), lambda b, e, c: (b, e, 0, chunk_of(c))
         )
 
 
@@ -117,11 +123,13 @@ class Step:
     Attributes:
         index: its number, which may be known at run time only.
         slot: where a stage leaves what it has to the next.
-        lane: of its first token in a register of columns.
+        is_first: whether it is the first of its trip with columns in its register.
+        lane: of its first token in that register.
     """
 
     index: object
     slot: int
+    is_first: bool
     lane: object
 
     @property
@@ -129,10 +137,27 @@ class Step:
         """Its tokens, to index refs with."""
         return pl.ds(pl.multiple_of(STEP * self.index, STEP), STEP)
 
+    @property
+    def lanes(self):
+        """Of its tokens in the register of its columns, to index refs with that have them as rows."""
+        known = isinstance(self.lane, int)
+        return pl.ds(self.lane if known else pl.multiple_of(self.lane, STEP), STEP)
+
+    @property
+    def whole_register(self):
+        """All tokens of the register of its columns, to index refs with."""
+        return pl.ds(pl.multiple_of(STEP * self.index - self.lane, LANES), LANES)
+
 
 def lane_of(index):
     """Of the first token of a step; modulo `STEPS_OF_A_REGISTER` its index will do."""
     return STEP * index % LANES
+
+
+def step_of(spec: Spec, index, place: int, lane) -> Step:
+    """A step of the index, at its place in a trip."""
+    is_first = place % min(spec.unrolled, STEPS_OF_A_REGISTER) == 0
+    return Step(index, place % spec.slots, is_first, lane)
 
 
 def for_each_step(spec: Spec, prepare, advance) -> None:
@@ -146,7 +171,7 @@ def for_each_step(spec: Spec, prepare, advance) -> None:
     def at(trip, place):
         # After the last comes the first again, for nothing.
         index = (spec.unrolled * trip + place) % count
-        return Step(index, place % SLOTS, lane_of(place if spec.whole_registers else index))
+        return step_of(spec, index, place, lane_of(place if spec.whole_registers else index))
 
     def trip(i, _):
         for place in range(spec.unrolled):
@@ -207,18 +232,30 @@ def _rows_and_columns(shape):
     return (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
 
-def by_state(x, *, reverse: bool = False):
-    """[STEP, N] -> [STEP, STEP * N]: numbers of a token in the columns of its states, and 0 in those of others."""
+def transposed(ref, at: Step):
+    """Of [N, chunk], the register of columns in which a step has its own -> float32 [128, N], as `by_state` takes it:
+    XLA's own memory has tokens on lanes, as long as there are fewer states, so that rows would be copied for it.
+    """
+    return ref[:, at.whole_register].astype(jnp.float32).T
+
+
+def by_state(x, dtype, *, reverse: bool = False):
+    """Float32 [STEP, N] of numbers of a dtype -> [STEP, STEP * N] in it: numbers of a token in the columns of its
+    states, and 0 in those of others.
+    """
     states = x.shape[1]
-    spread = dot(x, repeats(states, x.dtype))
-    return jnp.where(own(states, reverse=reverse), spread, 0).astype(x.dtype)
+    spread = dot(x, repeats(states, x.dtype), rounded=dtype == jnp.bfloat16)
+    return jnp.where(own(states, reverse=reverse), spread, 0).astype(dtype)
 
 
 def of_own(x, dtype, *, reverse: bool = False):
-    """The inverse, which drops what is in the columns of others."""
-    states = x.shape[1] // STEP
-    mine = jnp.where(own(states, reverse=reverse), x, 0).astype(dtype)
-    return dot(mine, repeats(states, dtype), LAST)
+    """[STEP, STEP * N] of a step without what is in the columns of other tokens."""
+    return jnp.where(own(x.shape[1] // STEP, reverse=reverse), x, 0).astype(dtype)
+
+
+def in_columns_of_own(x):
+    """The inverse of `by_state`: [128, STEP * N] -> [N, 128]."""
+    return dot(repeats(x.shape[1] // STEP, x.dtype), x, LAST)
 
 
 def dot(x, y, contracted=PLAIN, *, rounded: bool = False):
@@ -243,17 +280,27 @@ def dot(x, y, contracted=PLAIN, *, rounded: bool = False):
 
 def rows_of_steps(spec: Spec, dtype=jnp.float32):
     """Scratch for rows of the steps in all slots."""
-    return pltpu.VMEM((SLOTS, STEP, spec.channels), dtype)
+    return pltpu.VMEM((spec.slots, STEP, spec.channels), dtype)
 
 
-def states_of_steps(states: int, dtype):
+def states_of_steps(spec: Spec, states: int, dtype):
     """Scratch for what has all states of the tokens of a step in its columns, of the steps in all slots."""
-    return pltpu.VMEM((SLOTS, STEP, STEP * states), dtype)
+    return pltpu.VMEM((spec.slots, STEP, STEP * states), dtype)
 
 
-def columns_of_steps(states: int):
+def states_of_a_register(states: int, dtype):
+    """Scratch for the same of all steps with their columns in one register."""
+    return pltpu.VMEM((LANES, STEP * states), dtype)
+
+
+def rows_of_a_register(states: int):
+    """Scratch for `transposed`."""
+    return pltpu.VMEM((LANES, states), jnp.float32)
+
+
+def columns_of_steps(spec: Spec, states: int):
     """Scratch for `columns` of the steps in all slots."""
-    return pltpu.VMEM((SLOTS, STEP, states, LANES), jnp.float32)
+    return pltpu.VMEM((spec.slots, STEP, states, LANES), jnp.float32)
 
 
 def row(ref, at: Step, t: int, part: slice):
@@ -280,7 +327,7 @@ def decay(exponent, resets, at: Step, t: int):
 
 
 def in_columns(spec: Spec, x):
-    """[B, T, N] -> [B, N, T], as `columns` takes it: a column in bfloat16 is spread in half the time and then has to be
+    """[B, T, N] -> [B, N, T], as kernels take it: a column in bfloat16 is spread in half the time and then has to be
     converted, for which a block of many channels has no time, and what it shares of the spreading it has time for.
     """
     return x.swapaxes(1, 2).astype(x.dtype if spec.channels < MANY_CHANNELS else jnp.float32)
@@ -288,7 +335,7 @@ def in_columns(spec: Spec, x):
 
 def columns(ref, at: Step):
     """Columns of [N, chunk] for the tokens of a step, each spread over lanes: float32 [STEP, N, 128]."""
-    register = ref[:, pl.ds(pl.multiple_of(STEP * at.index - at.lane, LANES), LANES)]
+    register = ref[:, at.whole_register]
     if register.dtype == jnp.bfloat16:
         # Two states share 32 bits, which are spread at once.
         register = pltpu.bitcast(register, jnp.uint32)

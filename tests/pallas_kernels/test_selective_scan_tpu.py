@@ -26,6 +26,7 @@ CASES = {
     "a skip, segments": (150, 128, 5, True, ("D",)),
     "states that fill no tile": (40, 20, 20, False, ("initial_state",)),
     "tiles of two tokens": (40, 20, 64, False, ("initial_state",)),
+    "two registers of columns": (250, 20, 3, True, ("D", "z")),
     "everything": (300, 100, 9, True, ("D", "z", "initial_state")),
 }
 # In float32 these are for `-m slow`.
@@ -77,10 +78,13 @@ def test_kernels_with_every_gradient_equal_float64(rng, case, dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_trips_of_whole_registers_equal_float64(rng, monkeypatch, dtype):
+@pytest.mark.parametrize(
+    ("case", "registers"), [("everything", 1), ("two registers of columns", 2)]
+)
+def test_trips_of_whole_registers_equal_float64(rng, monkeypatch, case, registers, dtype):
     """As the TPU's compiler has them."""
-    monkeypatch.setattr(tpu, "INTERPRETED_STEPS", STEPS_OF_A_REGISTER)
-    test_kernels_with_every_gradient_equal_float64(rng, "everything", dtype)
+    monkeypatch.setattr(tpu, "INTERPRETED_STEPS", registers * STEPS_OF_A_REGISTER)
+    test_kernels_with_every_gradient_equal_float64(rng, case, dtype)
 
 
 @pytest.mark.slow
