@@ -79,8 +79,7 @@ def ssd_scan(x, dt, A, B, C, D, reset, state, *, chunk_size, interpret=False):
     padded = pad_heads(padded, 2).reshape(batch, time + more_time, -1)
     past = jnp.pad(state, ((0, 0), (0, 0), (0, more_dim), (0, more_states)))
     past = pad_heads(past, 1).transpose(0, 3, 1, 2).reshape(batch, states + more_states, -1)
-    rates = pad_heads(A.astype(jnp.float32), 0).reshape(-1, sizes.heads, 1)
-    rates = jnp.broadcast_to(rates, (*rates.shape[:2], LANES))
+    rates = pad_heads(A.astype(jnp.float32), 0).reshape(-1, sizes.heads)
     skip = None if D is None else jnp.repeat(pad_heads(D, 0), sizes.dim)[None]
     y, last = _scan(
         Spec(sizes, interpreter(interpret, x)),
@@ -129,8 +128,8 @@ def segment_marks(reset, sizes: Blocks):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(spec, x, dt, A, B, C, D, marks, state):
-    """In the kernels' layout: x [B, T, channels], dt [B, steps, heads, T], A [steps, heads, 128], a rate in all
-    lanes, B and C [B, G, T, N] or turned, D [1, channels], marks [B, 4, T], the state [B, N, channels]."""
+    """In the kernels' layout: x [B, T, channels], dt [B, steps, heads, T], A [steps, heads], B and C
+    [B, G, T, N] or turned, D [1, channels], marks [B, 4, T], the state [B, N, channels]."""
     y, last, *_ = _call_forward(spec, x, dt, A, B, C, D, marks, state, keeps_pasts=False)
     return y, last
 
@@ -150,7 +149,7 @@ def _call_forward(spec, x, dt, A, B, C, D, marks, state, *, keeps_pasts):
         [
             (x, grid.tokens),
             (dt, grid.heads),
-            (A, grid.rates),
+            (_over_lanes(A), grid.rates),
             (B, grid.states),
             (C, grid.states),
             (D, grid.skip),
@@ -172,14 +171,14 @@ def _backward(spec, saved, cotangents):
     d_y, d_last = cotangents
     grid, sizes = _Grid(spec, x, d_last, reverse=True), spec.blocks
     of_skip = shaped_like(x, (x.shape[0], grid.chunks, 1, x.shape[2]), jnp.float32)
-    of_rates = shaped_like(x, (x.shape[0], grid.chunks, *A.shape), jnp.float32)
+    of_rates = shaped_like(x, (x.shape[0], grid.chunks, A.shape[0], 1, A.shape[1]), jnp.float32)
     mask = pltpu.VMEM((sizes.tile, sizes.pack_tokens), jnp.float32)
     d_x, d_dt, d_A, d_B, d_C, d_D, d_state = grid.call(
         tpu_backward.kernel,
         [
             (x, grid.tokens),
             (dt, grid.heads),
-            (A, grid.rates),
+            (_over_lanes(A), grid.rates),
             (totals, grid.heads),
             (B, grid.states),
             (C, grid.states),
@@ -211,7 +210,12 @@ def _backward(spec, saved, cotangents):
     )
     d_D = None if D is None else d_D.sum(axis=(0, 1))
     d_marks = None if marks is None else jnp.zeros_like(marks)
-    return d_x, d_dt, d_A.sum(axis=(0, 1)), d_B, d_C, d_D, d_marks, d_state
+    return d_x, d_dt, d_A.sum(axis=(0, 1))[:, 0], d_B, d_C, d_D, d_marks, d_state
+
+
+def _over_lanes(A):
+    """[steps, heads] -> [steps, heads, 128], a rate in all lanes."""
+    return jnp.broadcast_to(A[:, :, None], (*A.shape, LANES))
 
 
 _scan.defvjp(_forward, _backward)
@@ -254,7 +258,7 @@ class _Grid:
             (None, sizes.heads, LANES), lambda b, g, c, j: (g * steps + j, 0, 0)
         )
         self.rate_gradient = pl.BlockSpec(
-            (None, None, None, sizes.heads, LANES),
+            (None, None, None, 1, sizes.heads),
             lambda b, g, c, j: (b, chunk(c), g * steps + j, 0, 0),
         )
         self.skip = pl.BlockSpec((1, sizes.channels), lambda b, g, c, j: (0, g * steps + j))

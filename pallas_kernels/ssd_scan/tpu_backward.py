@@ -12,7 +12,8 @@ w_st = (C_t · B_s) exp(total_t - total_s):
 
 What a token reads of itself cancels in the last line, as both terms have the same rounded weight. The states come from
 the forward. The sums from t on that the gradient of dt A is, and dS' · S' with them, are over 128 tokens, which may be
-several tiles. Pairs of tokens are [s, (head, t)] here, so that sums over s are over sublanes; dt_s is in the decay, as
+several tiles. That of A, Σ_t dt_t Σ_{u>=t} dtotal_u, is Σ_u dtotal_u Σ_{t<=u} dt_t, which does not wait for the former
+sums. Pairs of tokens are [s, (head, t)] here, so that sums over s are over sublanes; dt_s is in the decay, as
 exp(total_t - total_s + log dt_s), so that nothing else is scaled by it, and is divided out of its own gradient.
 
 The passage of a pack of heads through its products is cut into stages where a result is waited for. What is left of
@@ -52,6 +53,7 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
     seen,
     stacked,
     store_row,
+    sums_in_row,
     wide,
 )
 from pallas_kernels.tpu_dot import dot
@@ -78,7 +80,7 @@ def kernel(
         d_last: ref float32 [N, channels].
         d_x: ref like x.
         d_dt: ref like dt.
-        d_A: ref like A, the chunk's part: sums over every 128th token.
+        d_A: ref float32 [1, heads], the chunk's part.
         d_B: ref like B.
         d_C: ref like C.
         d_D: ref float32 [1, channels], the chunk's part; None: not wanted.
@@ -125,6 +127,10 @@ def _walk_back(
     totals = [stacked(sizes, total, group) for group in range(sizes.groups)]
     registers = all_registers(sizes, dt, totals, marks)
     written = [Columns(sizes, of.written) for of in registers]
+
+    # The sum of dt from the beginning of its register to each token.
+    steps = jnp.concatenate([stacked(sizes, dt, group) for group in range(sizes.groups)])
+    so_far = jnp.split(running_sums(steps, LANES, dtype), sizes.groups)
 
     B, C = States(sizes, B), States(sizes, C)
 
@@ -254,7 +260,11 @@ def _walk_back(
         by_tile = [d_rows[number * in_register + i] for i in range(in_register)]
         written = d_steps[number]
         d_total = from_rows(sizes, by_tile) - written
-        d_total = jnp.concatenate([d_total, _by_head(sizes, d_ends[number])], axis=1)
+        ends = _by_head(sizes, d_ends[number])
+        # Of dt times its sum from t on, which is not there yet: of each summand times the dt of all that have it.
+        passed = heads_of(sizes, so_far[number // sizes.together], number)
+        of_rates.append(d_total * passed + ends * passed[:, -1:])
+        d_total = jnp.concatenate([d_total, ends], axis=1)
         return written, running_sums(d_total, LANES, dtype, reverse=True)
 
     def put(pack, of_register):
@@ -269,7 +279,6 @@ def _walk_back(
         d_C[at] = of_C if sizes.turned else of_C.T
         dt_again = heads_of(sizes, registers[number // sizes.together].step, number)
         d_dt[:, lanes] = written / dt_again + A[...] * d_log_decay
-        of_rates.append(dt[:, lanes] * d_log_decay)
 
     def over_steps(wide_sum, at, part):
         """The sum over the steps of heads so far."""
@@ -282,7 +291,7 @@ def _walk_back(
     stages = (bring, prepare, multiply, advance, finish, add_up, join, put)
     together, first = (FEW, FEW) if len(by_tile) <= FEW else (TOGETHER, FIRST)
     pipelined(by_tile, *stages, together=together, first=first)
-    d_A[...] = sum(of_rates)
+    d_A[...] = sums_in_row(sum(of_rates), dtype)
     if d_D is not None:
         d_D[...] = _sum(wide(x[...]) * wide(d_y[...]))
 

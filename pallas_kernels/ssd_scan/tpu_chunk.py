@@ -185,17 +185,30 @@ def running_sums(x, tile: int, dtype, *, reverse: bool = False):
     """
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (x.shape[1], LANES), axis) for axis in (0, 1))
     ones = (i >= j if reverse else i <= j) & (i // tile == j // tile) | (i >= LANES)
-    count = 2 if dtype == jnp.bfloat16 else 3
+    count = _num_parts(dtype)
     return sum(jnp.split(dot(_parts(x, count), ones.astype(jnp.bfloat16), PLAIN), count))
 
 
-def _parts(x, count: int):
-    """The digits of float32 [rows, 128] in bfloat16, of which three have all: [count * rows, 128]."""
+def sums_in_row(x, dtype):
+    """Sums over lanes, as a product, which has them side by side: float32 [rows, 128] -> [1, rows].
+
+    Of the digits of x there are as many as in `running_sums`.
+    """
+    parts = _parts(x, _num_parts(dtype), axis=1)
+    return dot(jnp.ones((SUBLANES, parts.shape[1]), parts.dtype), parts, LAST)[:1]
+
+
+def _num_parts(dtype) -> int:
+    return 2 if dtype == jnp.bfloat16 else 3
+
+
+def _parts(x, count: int, axis: int = 0):
+    """The digits of float32 [rows, 128] in bfloat16, of which three have all, one after the other along `axis`."""
     parts, rest = [], x
     for _ in range(count):
         parts.append(rest.astype(jnp.bfloat16))
         rest -= wide(parts[-1])
-    return jnp.concatenate(parts, axis=0)
+    return jnp.concatenate(parts, axis=axis)
 
 
 def rows(sizes: Blocks, place: int, x):
