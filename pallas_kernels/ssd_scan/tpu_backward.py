@@ -58,9 +58,10 @@ from pallas_kernels.ssd_scan.tpu_chunk import (
 )
 from pallas_kernels.tpu_dot import dot
 
-# Packs that a stage takes one after the other where there are more than `FEW`, and of the first of them.
-TOGETHER = 3
-FIRST = 2
+# Packs that a stage takes one after the other, and of the first of them, by whether there are more than `FEW`: of few
+# the first goes ahead, so that the longest of what is left after the last products is begun sooner.
+TOGETHER = {False: FEW, True: 3}
+FIRST = {False: 1, True: 2}
 
 
 def kernel(
@@ -171,9 +172,9 @@ def _walk_back(
         decays, weights, left, blocks, *of_end = prepared
         state = pasts[pack.tile, :, pack.channels]
         right = jnp.concatenate([x[pack.tokens, pack.channels], state], axis=0)
-        # First what waits for no other stage. A matrix unit takes an operand that it has to turn at half the speed.
-        products = dot(right, block_diagonal([block.T for block in blocks]), PLAIN)
+        # First what the next stage takes. A matrix unit takes an operand that it has to turn at half the speed.
         gradients = dot(left, block_diagonal(blocks), PLAIN)
+        products = dot(right, block_diagonal([block.T for block in blocks]), PLAIN)
         return decays, weights, gradients, products, *of_end
 
     def advance(pack, multiplied):
@@ -289,8 +290,8 @@ def _walk_back(
 
     by_tile = sorted(packs(sizes), key=lambda pack: (-pack.tile, pack.head))
     stages = (bring, prepare, multiply, advance, finish, add_up, join, put)
-    together, first = (FEW, FEW) if len(by_tile) <= FEW else (TOGETHER, FIRST)
-    pipelined(by_tile, *stages, together=together, first=first)
+    are_many = len(by_tile) > FEW
+    pipelined(by_tile, *stages, together=TOGETHER[are_many], first=FIRST[are_many])
     d_A[...] = sums_in_row(sum(of_rates), dtype)
     if d_D is not None:
         d_D[...] = _sum(wide(x[...]) * wide(d_y[...]))
