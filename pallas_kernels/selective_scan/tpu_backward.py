@@ -318,14 +318,23 @@ def _add_up(
     """
     dtype, rounded, num_states = u.dtype, u.dtype == jnp.bfloat16, passed[0].shape[0]
     tokens, step, taken = at.tokens, steps[at.slot, :, part], inputs[at.slot, :, part]
-    for_decay = sums(num_states, reverse=True).astype(jnp.float32)
-    both = dot(for_decay, stack(by_exponents), rounded=rounded)
-    # A product of a tile begins before all of the stack is there.
-    if spec.sums_lanes:
-        to_B = stack(written)
-    else:
+
+    def over_states_and_tokens():
+        for_decay = sums(num_states, reverse=True).astype(jnp.float32)
+        return dot(for_decay, stack(by_exponents), rounded=rounded)
+
+    def over_channels():
+        if spec.sums_lanes:
+            return stack(written)
         of_tiles = [x.astype(dtype) for x in tiles(passed, ROWS_OF_A_TILE)]
-        to_B = jnp.concatenate([dot(taken.astype(dtype), x, LAST) for x in of_tiles], axis=1)
+        return jnp.concatenate([dot(taken.astype(dtype), x, LAST) for x in of_tiles], axis=1)
+
+    # Products keep their order. On a wide matrix unit that of a tile begins before all of the stack is there, and that
+    # of the whole stack does not; of float32, for which there are several passes, more would be spilled.
+    if spec.narrow:
+        to_B, both = over_channels(), over_states_and_tokens()
+    else:
+        both, to_B = over_states_and_tokens(), over_channels()
     d_write, first = 0, 0
     for adjoints in tiles(passed, spec.matrix_width):
         last = first + len(adjoints)
