@@ -330,7 +330,7 @@ def _add_up(
         return jnp.concatenate([dot(taken.astype(dtype), x, LAST) for x in of_tiles], axis=1)
 
     # Products keep their order. On a wide matrix unit that of a tile begins before all of the stack is there, and that
-    # of the whole stack does not; of float32, for which there are several passes, more would be spilled.
+    # of the whole stack does not.
     if spec.narrow:
         to_B, both = over_channels(), over_states_and_tokens()
     else:
