@@ -37,12 +37,12 @@ from pallas_kernels.selective_scan.tpu_tile import (
     dot,
     for_each_step,
     in_columns,
+    in_rows,
     row,
     rows_of_a_register,
     rows_of_steps,
     stack,
     states_of_steps,
-    transposed,
     widened,
 )
 from pallas_kernels.tpu_call import tpu_call
@@ -187,9 +187,7 @@ def _kernel(
         steps[at.slot] = step
         inputs[at.slot] = step * u[at.tokens].astype(jnp.float32)
         to_state[at.slot] = columns(B, at)
-        if at.is_first:
-            C_rows[...] = transposed(C, at)
-        from_state[at.slot] = by_state(C_rows[at.lanes], u.dtype)
+        from_state[at.slot] = by_state(in_rows(C, C_rows, at), u.dtype)
 
     def advance(at):
         for part in spec.parts():

@@ -43,6 +43,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     in_columns,
     in_columns_of_own,
     in_lanes,
+    in_rows,
     lane_of,
     of_own,
     row,
@@ -54,7 +55,6 @@ from pallas_kernels.selective_scan.tpu_tile import (
     step_of,
     sums,
     tiles,
-    transposed,
     widened,
 )
 from pallas_kernels.tpu_call import tpu_call
@@ -178,13 +178,9 @@ def _kernel(
         from_state[at.slot] = columns(C, at)
 
     def turn(at):
-        if at.is_first:
-            B_rows[...] = transposed(B, at)
-        writing[at.slot] = by_state(B_rows[at.lanes], dtype, reverse=True)
+        writing[at.slot] = by_state(in_rows(B, B_rows, at), dtype, reverse=True)
         if z is not None:
-            if at.is_first:
-                C_rows[...] = transposed(C, at)
-            reading[at.slot] = by_state(C_rows[at.lanes], dtype)
+            reading[at.slot] = by_state(in_rows(C, C_rows, at), dtype)
 
     def finish(at):
         for gradient, of_states in ((d_B, own_B), (d_C, own_C)):

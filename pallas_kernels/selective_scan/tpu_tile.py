@@ -233,11 +233,19 @@ def _rows_and_columns(shape):
     return (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
 
-def transposed(ref, at: Step):
-    """Of [N, chunk], the register of columns in which a step has its own -> float32 [128, N], as `by_state` takes it:
+def in_rows(ref, rows, at: Step):
+    """Of [N, chunk], the columns of the tokens of a step -> float32 [STEP, N].
+
     XLA's own memory has tokens on lanes, as long as there are fewer states, so that rows would be copied for it.
+
+    Args:
+        ref: B or C.
+        rows: `rows_of_a_register`, which the first step of a trip that has its columns there fills for all.
+        at: the step; those of a trip come in their order.
     """
-    return ref[:, at.whole_register].astype(jnp.float32).T
+    if at.is_first:
+        rows[...] = ref[:, at.whole_register].astype(jnp.float32).T
+    return rows[at.lanes]
 
 
 def by_state(x, dtype, *, reverse: bool = False):
@@ -295,7 +303,7 @@ def states_of_a_register(states: int, dtype):
 
 
 def rows_of_a_register(states: int):
-    """Scratch for `transposed`."""
+    """Scratch for `in_rows`."""
     return pltpu.VMEM((LANES, states), jnp.float32)
 
 
