@@ -151,7 +151,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         ),
         scratch_shapes=(
             *[rows_of_steps(spec)] * 2,
-            columns_of_steps(spec, states),
+            columns_of_steps(spec, states, u.dtype),
             states_of_steps(spec, states, u.dtype),
             rows_of_a_register(states),
         ),

@@ -110,7 +110,7 @@ def backward(spec: Spec, saved, cotangents):
         scratch_shapes=(
             *[rows_of_steps(spec)] * 3,
             rows_of_steps(spec, jnp.uint32) if spec.sums_lanes else None,
-            *[columns_of_steps(spec, states)] * 2,
+            *[columns_of_steps(spec, states, u.dtype)] * 2,
             states_of_steps(spec, states, u.dtype),
             states_of_steps(spec, states, u.dtype) if gates else None,
             rows_of_a_register(states),

@@ -307,9 +307,11 @@ def rows_of_a_register(states: int):
     return pltpu.VMEM((LANES, states), jnp.float32)
 
 
-def columns_of_steps(spec: Spec, states: int):
-    """Scratch for `columns` of the steps in all slots."""
-    return pltpu.VMEM((spec.slots, STEP, states, LANES), jnp.float32)
+def columns_of_steps(spec: Spec, states: int, dtype):
+    """Scratch for `columns` of the steps in all slots, where u has `dtype`."""
+    packed = _columns_dtype(spec, dtype) == jnp.bfloat16
+    shape = (spec.slots, STEP, states // 2 if packed else states, LANES)
+    return pltpu.VMEM(shape, jnp.uint32 if packed else jnp.float32)
 
 
 def row(ref, at: Step, t: int, part: slice):
@@ -318,7 +320,9 @@ def row(ref, at: Step, t: int, part: slice):
 
 
 def widened(column, part: slice):
-    """[N, 128], whose lanes are equal, -> [N, part]."""
+    """One of `columns`, whose lanes are equal, -> float32 [N, part]."""
+    if column.dtype == jnp.uint32:
+        column = pltpu.bitcast(column, jnp.bfloat16).astype(jnp.float32)
     return jnp.tile(column, (1, (part.stop - part.start) // LANES))
 
 
@@ -339,18 +343,24 @@ def in_columns(spec: Spec, x):
     """[B, T, N] -> [B, N, T], as kernels take it: a column in bfloat16 is spread in half the time and then has to be
     converted, for which a block of many channels has no time, and what it shares of the spreading it has time for.
     """
-    return x.swapaxes(1, 2).astype(x.dtype if spec.channels < MANY_CHANNELS else jnp.float32)
+    return x.swapaxes(1, 2).astype(_columns_dtype(spec, x.dtype))
+
+
+def _columns_dtype(spec: Spec, dtype):
+    return dtype if spec.channels < MANY_CHANNELS else jnp.dtype(jnp.float32)
 
 
 def columns(ref, at: Step):
-    """Columns of [N, chunk] for the tokens of a step, each spread over lanes: float32 [STEP, N, 128]."""
+    """Columns of [N, chunk] for the tokens of a step, each spread over lanes: float32 [STEP, N, 128].
+
+    Of bfloat16 two states share 32 bits, which are spread at once, and kept so until they are used, since a register
+    less is stored: uint32 [STEP, N / 2, 128].
+    """
     register = ref[:, at.whole_register]
     if register.dtype == jnp.bfloat16:
-        # Two states share 32 bits, which are spread at once.
         register = pltpu.bitcast(register, jnp.uint32)
     first = at.lane
     if not isinstance(first, int):
         register, first = pltpu.roll(register, (LANES - first) % LANES, axis=1), 0
     tokens = [register[:, lane : lane + 1] for lane in range(first, first + STEP)]
-    spread = [pltpu.bitcast(jnp.broadcast_to(x, register.shape), ref.dtype) for x in tokens]
-    return jnp.stack([x.astype(jnp.float32) for x in spread])
+    return jnp.stack([jnp.broadcast_to(x, register.shape) for x in tokens])
