@@ -13,7 +13,7 @@ from pallas_kernels.checks import (
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.segments import resets
 from pallas_kernels.ssd_scan import reference, xla
-from pallas_kernels.ssd_scan.state import step
+from pallas_kernels.ssd_scan.state import state_or_zeros, step
 from pallas_kernels.varying import vary_alike
 
 __all__ = ["ssd_decode", "ssd_scan"]
@@ -79,13 +79,14 @@ def ssd_scan(
     if segment_ids is not None:
         check_segment_ids(_OP, segment_ids, x.shape[:2])
     check_positive_int(_OP, "chunk_size", chunk_size)
-    A, D, state = _in_state_dtype(x, dt, A, B, D, initial_state)
+    A, D, state = _in_state_dtype(x, dt, A, D, initial_state)
     reset = is_token = None
     if segment_ids is not None:
         reset, is_token = resets(jnp.asarray(segment_ids))
         dt = jnp.where(is_token[..., None], dt, 0)
 
     def scan(state):
+        # None: zeros, which the kernels need not read.
         arguments = vary_alike((x, dt, A, B, C, D, reset, state))
         return call(_OP, IMPLEMENTATIONS, implementation, *arguments, chunk_size=chunk_size)
 
@@ -93,6 +94,7 @@ def ssd_scan(
         y, state = scan(state)
     else:
         decay = jnp.exp(jnp.sum(dt.astype(A.dtype), axis=1) * A)[..., None, None]
+        state = state_or_zeros(state, x, A, B)
         y, state = across_shards(scan, state, segment_ids, axis_name, decay)
     if is_token is not None:
         y = jnp.where(is_token[..., None, None], y, 0)
@@ -131,7 +133,7 @@ def ssd_decode(
     else:
         check_array(_OP, "x", x, "[B, H, P]", (None, None, None))
     _check(x, dt, A, B, C, D, state, "B, 1" if has_time else "B")
-    A, D, state = _in_state_dtype(x, dt, A, B, D, state)
+    A, D, state = _in_state_dtype(x, dt, A, D, state)
     tokens = (x, dt, B, C)
     if has_time:
         tokens = jax.tree.map(lambda array: array[:, 0], tokens)
@@ -159,9 +161,7 @@ def _check(x, dt, A, B, C, D, state, axes: str) -> None:
         check_array(_OP, "the state", state, "[B, H, P, N]", (leading[0], heads, dim, states))
 
 
-def _in_state_dtype(x, dt, A, B, D, state):
-    """A, D and the state (zeros for None) in the dtype of the computation."""
+def _in_state_dtype(x, dt, A, D, state):
+    """A, D and the state, those that there are, in the dtype of the computation."""
     dtype = jnp.promote_types(jnp.promote_types(x.dtype, dt.dtype), jnp.float32)
-    shape = (x.shape[0], *x.shape[-2:], B.shape[-1])
-    state = jnp.zeros(shape, dtype) if state is None else state.astype(dtype)
-    return A.astype(dtype), None if D is None else D.astype(dtype), state
+    return (None if array is None else array.astype(dtype) for array in (A, D, state))

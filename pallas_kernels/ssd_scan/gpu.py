@@ -21,6 +21,7 @@ from pallas_kernels import hopper
 from pallas_kernels.residuals import keep
 from pallas_kernels.ssd_scan import gpu_gradients, gpu_outputs, gpu_states
 from pallas_kernels.ssd_scan.gpu_chunk import CHANNELS, CHUNK, LOG2_E, STATES
+from pallas_kernels.ssd_scan.state import state_or_zeros
 from pallas_kernels.varying import vary_alike
 
 
@@ -46,6 +47,7 @@ def ssd_scan(x, dt, A, B, C, D, reset, state, *, chunk_size, interpret=False):
     none.
     """
     del chunk_size
+    state = state_or_zeros(state, x, A, B)
     batch, time, _, dim = x.shape
     more_time, more_dim = -time % CHUNK, -dim % CHANNELS
     more_states = STATES - B.shape[3]

@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.ssd_scan.state import step
+from pallas_kernels.ssd_scan.state import state_or_zeros, step
 
 
 def ssd_scan(x, dt, A, B, C, D, reset, state, *, chunk_size):
     """Returns `(y [B, T, H, P], state [B, H, P, N])`, which needs no chunks; see the package for the arguments."""
     del chunk_size
+    state = state_or_zeros(state, x, A, B)
 
     def token(state, inputs):
         x, dt, B, C, reset = inputs

@@ -2,6 +2,8 @@
 
 import jax.numpy as jnp
 
+from pallas_kernels.varying import vary_alike
+
 
 def step(state, x, dt, A, B, C, D):
     """h = exp(dt A) h + dt x Bᵀ and y = h C + D x, of a state [B, H, P, N], x [B, H, P], dt [B, H], B, C [B, G, N].
@@ -15,6 +17,14 @@ def step(state, x, dt, A, B, C, D):
     state = decay * state + (dt[..., None] * x)[..., None] * B
     y = jnp.sum(state * C, axis=-1)
     return skip(y, x, D), state
+
+
+def state_or_zeros(state, x, A, B):
+    """The state before the first token: that given, or zeros [B, H, P, N] in A's dtype for None."""
+    if state is not None:
+        return state
+    zeros = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[3]), A.dtype)
+    return vary_alike((zeros, x))[0]
 
 
 def skip(y, x, D):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.cotangents import array_or_none, as_array, values
 from pallas_kernels.dispatch import target
 from pallas_kernels.residuals import keep
 from pallas_kernels.ssd_scan import tpu_backward, tpu_forward
@@ -77,12 +78,14 @@ def ssd_scan(x, dt, A, B, C, D, reset, state, *, chunk_size, interpret=False):
     dt = dt.astype(jnp.float32)
     padded = jnp.pad(x, ((0, 0), (0, more_time), (0, 0), (0, more_dim)))
     padded = pad_heads(padded, 2).reshape(batch, time + more_time, -1)
-    past = jnp.pad(state, ((0, 0), (0, 0), (0, more_dim), (0, more_states)))
-    past = pad_heads(past, 1).transpose(0, 3, 1, 2).reshape(batch, states + more_states, -1)
-    rates = pad_heads(A.astype(jnp.float32), 0).reshape(-1, sizes.heads)
+    if state is not None:
+        state = jnp.pad(state, ((0, 0), (0, 0), (0, more_dim), (0, more_states)))
+        state = pad_heads(state, 1).transpose(0, 3, 1, 2)
+        state = state.reshape(batch, states + more_states, -1)
+    rates = pad_heads(A.astype(jnp.float32), 0).reshape(-1, 1, sizes.heads)
     skip = None if D is None else jnp.repeat(pad_heads(D, 0), sizes.dim)[None]
     y, last = _scan(
-        Spec(sizes, interpreter(interpret, x)),
+        Spec(sizes, state is not None, interpreter(interpret, x)),
         padded,
         in_rows(dt),
         rates,
@@ -90,13 +93,13 @@ def ssd_scan(x, dt, A, B, C, D, reset, state, *, chunk_size, interpret=False):
         by_group(C),
         skip,
         None if reset is None else segment_marks(reset, sizes),
-        past,
+        state,
     )
     y = y.reshape(batch, -1, groups, sizes.per_group, sizes.dim)
     y = y[:, :time, :, : heads // groups, :dim].reshape(x.shape)
     last = last.reshape(batch, -1, groups, sizes.per_group, sizes.dim)
     last = last[:, :states, :, : heads // groups, :dim]
-    return y, last.transpose(0, 2, 3, 4, 1).reshape(state.shape)
+    return y, last.transpose(0, 2, 3, 4, 1).reshape(batch, heads, dim, states)
 
 
 def _blocks(x, B, chunk_size):
@@ -128,22 +131,24 @@ def segment_marks(reset, sizes: Blocks):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(spec, x, dt, A, B, C, D, marks, state):
-    """In the kernels' layout: x [B, T, channels], dt [B, steps, heads, T], A [steps, heads], B and C
+    """In the kernels' layout: x [B, T, channels], dt [B, steps, heads, T], A [steps, 1, heads], B and C
     [B, G, T, N] or turned, D [1, channels], marks [B, 4, T], the state [B, N, channels]."""
     y, last, *_ = _call_forward(spec, x, dt, A, B, C, D, marks, state, keeps_pasts=False)
     return y, last
 
 
-def _forward(spec, x, dt, A, B, C, D, marks, state):
-    y, last, *kept = _call_forward(spec, x, dt, A, B, C, D, marks, state, keeps_pasts=True)
+def _forward(spec, *arguments):
+    arguments = values(arguments)
+    y, last, *kept = _call_forward(spec, *arguments, keeps_pasts=True)
     y, last, pasts, totals = keep(y, last, *kept)
-    return (y, last), (x, dt, A, totals, B, C, D, marks, pasts, last)
+    return (y, last), (*arguments[:-1], totals, pasts, last)
 
 
 def _call_forward(spec, x, dt, A, B, C, D, marks, state, *, keeps_pasts):
-    grid, sizes = _Grid(spec, x, state, reverse=False), spec.blocks
-    tiles = grid.chunks * sizes.tiles
-    pasts = shaped_like(x, (x.shape[0], tiles, *state.shape[1:]), x.dtype)
+    grid, sizes = _Grid(spec, x, B, reverse=False), spec.blocks
+    (batch, _, channels), tiles = x.shape, grid.chunks * sizes.tiles
+    last = shaped_like(x, (batch, grid.num_states, channels), jnp.float32)
+    pasts = shaped_like(x, (batch, tiles, grid.num_states, channels), x.dtype)
     return grid.call(
         tpu_forward.kernel,
         [
@@ -158,7 +163,7 @@ def _call_forward(spec, x, dt, A, B, C, D, marks, state, *, keeps_pasts):
         ],
         [
             (x, grid.tokens),
-            (shaped_like(x, state.shape, jnp.float32), grid.last_state),
+            (last, grid.last_state),
             (pasts if keeps_pasts else None, grid.pasts),
             (dt if keeps_pasts else None, grid.heads),
         ],
@@ -167,11 +172,12 @@ def _call_forward(spec, x, dt, A, B, C, D, marks, state, *, keeps_pasts):
 
 
 def _backward(spec, saved, cotangents):
-    x, dt, A, totals, B, C, D, marks, pasts, last = saved
+    x, dt, A, B, C, D, marks, totals, pasts, last = saved
     d_y, d_last = cotangents
-    grid, sizes = _Grid(spec, x, d_last, reverse=True), spec.blocks
+    d_y, d_last = as_array(d_y, x), array_or_none(d_last)
+    grid, sizes = _Grid(spec, x, B, reverse=True), spec.blocks
     of_skip = shaped_like(x, (x.shape[0], grid.chunks, 1, x.shape[2]), jnp.float32)
-    of_rates = shaped_like(x, (x.shape[0], grid.chunks, A.shape[0], 1, A.shape[1]), jnp.float32)
+    of_rates = shaped_like(x, (x.shape[0], grid.chunks, *A.shape), jnp.float32)
     mask = pltpu.VMEM((sizes.tile, sizes.pack_tokens), jnp.float32)
     d_x, d_dt, d_A, d_B, d_C, d_D, d_state = grid.call(
         tpu_backward.kernel,
@@ -196,10 +202,12 @@ def _backward(spec, saved, cotangents):
             (B, grid.states),
             (C, grid.states),
             (None if D is None else of_skip, grid.skip_gradient),
-            (d_last, grid.last_state),
+            (last if spec.has_state else None, grid.last_state),
         ],
         [
-            pltpu.VMEM((sizes.steps, grid.num_states, sizes.channels), x.dtype),
+            pltpu.VMEM((sizes.steps, grid.num_states, sizes.channels), x.dtype)
+            if grid.chunks > 1
+            else None,
             pltpu.VMEM((sizes.tiles, sizes.heads, LANES), jnp.float32),
             pltpu.VMEM((sizes.chunk // LANES, sizes.heads, LANES), jnp.float32),
             pltpu.VMEM((sizes.chunk // LANES, sizes.heads, LANES), jnp.float32),
@@ -210,15 +218,15 @@ def _backward(spec, saved, cotangents):
     )
     d_D = None if D is None else d_D.sum(axis=(0, 1))
     d_marks = None if marks is None else jnp.zeros_like(marks)
-    return d_x, d_dt, d_A.sum(axis=(0, 1))[:, 0], d_B, d_C, d_D, d_marks, d_state
+    return d_x, d_dt, d_A.sum(axis=(0, 1)), d_B, d_C, d_D, d_marks, d_state
 
 
 def _over_lanes(A):
-    """[steps, heads] -> [steps, heads, 128], a rate in all lanes."""
-    return jnp.broadcast_to(A[:, :, None], (*A.shape, LANES))
+    """[steps, 1, heads] -> [steps, heads, 128], a rate in all lanes."""
+    return jnp.broadcast_to(A.swapaxes(1, 2), (A.shape[0], A.shape[2], LANES))
 
 
-_scan.defvjp(_forward, _backward)
+_scan.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 class _Grid:
@@ -228,9 +236,9 @@ class _Grid:
     the index of a block stays, nothing moves.
     """
 
-    def __init__(self, spec: Spec, x, state, *, reverse: bool):
+    def __init__(self, spec: Spec, x, B, *, reverse: bool):
         self.spec, sizes = spec, spec.blocks
-        (batch, time, channels), states = x.shape, state.shape[1]
+        (batch, time, channels), states = x.shape, B.shape[2 if sizes.turned else 3]
         groups = channels // (sizes.per_group * sizes.dim)
         self.chunks, self.num_states = time // sizes.chunk, states
         self.grid = (batch, groups, self.chunks, sizes.steps)

@@ -78,16 +78,16 @@ def kernel(
         pasts: ref [tiles, N, channels], the state before each tile.
         last: ref float32 [N, channels], the state after the last chunk.
         d_y: ref [tokens, channels].
-        d_last: ref float32 [N, channels].
+        d_last: ref float32 [N, channels]; None: 0.
         d_x: ref like x.
         d_dt: ref like dt.
         d_A: ref float32 [1, heads], the chunk's part.
         d_B: ref like B.
         d_C: ref like C.
         d_D: ref float32 [1, channels], the chunk's part; None: not wanted.
-        d_initial: ref like d_last.
+        d_initial: ref float32 [N, channels]; None: not wanted.
         carry: scratch float32 [steps, N, channels], the gradient of the state after a tile.
-        after: scratch [steps, N, channels], the state after the chunk.
+        after: scratch [steps, N, channels], the state after the chunk; None: of the only chunk, where it is `last`.
         d_rows: scratch float32 [tiles, heads, 128], gradients of the totals as `tpu_chunk.rows` has these.
         d_ends: scratch float32 [registers, heads, 128], what the last total of each gets besides, by channels.
         d_steps: scratch float32 [registers, heads, 128 tokens], what dt gets, times dt.
@@ -99,19 +99,23 @@ def kernel(
 
     @pl.when(chunk == 0)
     def _():
-        carry[step] = d_last[...]
-        after[step] = last[...].astype(after.dtype)
+        carry[step] = jnp.zeros_like(carry[step]) if d_last is None else d_last[...]
+        if after is not None:
+            after[step] = last[...].astype(after.dtype)
 
     _walk_back(
         sizes, step == 0, x, dt, A, total, B, C, D, marks, pasts, d_y,
         d_x, d_dt, d_A, d_B, d_C, d_D,
-        carry.at[step], after.at[step], d_rows, d_ends, d_steps, wide_d_B, wide_d_C, mask,
+        carry.at[step], last if after is None else after.at[step], d_rows, d_ends, d_steps, wide_d_B, wide_d_C, mask,
     )  # fmt: skip
-    after[step] = pasts[0]
+    if after is not None:
+        after[step] = pasts[0]
 
-    @pl.when(chunk == pl.num_programs(2) - 1)
-    def _():
-        d_initial[...] = carry[step]
+    if d_initial is not None:
+
+        @pl.when(chunk == pl.num_programs(2) - 1)
+        def _():
+            d_initial[...] = carry[step]
 
 
 def _walk_back(
@@ -252,8 +256,9 @@ def _walk_back(
             of_states[number] = tiles
             return None
         of_B, of_C = zip(*tiles, strict=True)
-        of_B = jnp.concatenate(of_B, axis=1 if sizes.turned else 0)
-        return number, of_B, over_heads(sizes, of_C), settle(number)
+        settled = settle(number)
+        of_C = over_heads(sizes, of_C)
+        return number, jnp.concatenate(of_B, axis=1 if sizes.turned else 0), of_C, settled
 
     def settle(number):
         """The gradients of dt, times dt, and of dt A, of 128 tokens."""

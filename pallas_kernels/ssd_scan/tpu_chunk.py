@@ -38,9 +38,16 @@ LEAST_STEP = 2.0**-60
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """The static arguments. `interpret`: as `pallas_call` has it."""
+    """The static arguments.
+
+    Attributes:
+        blocks: sizes.
+        has_state: whether there is a state before the first token that is not 0.
+        interpret: as `pallas_call` has it.
+    """
 
     blocks: Blocks
+    has_state: bool
     interpret: bool | pltpu.InterpretParams
 
 

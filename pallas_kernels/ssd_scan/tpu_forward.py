@@ -52,7 +52,7 @@ def kernel(
         C: ref like B.
         D: ref float32 [1, channels]; None: 0.
         marks: ref float32 [4, tokens], `tpu.segment_marks`; None: one segment.
-        initial: ref float32 [N, channels], the state before the first chunk.
+        initial: ref float32 [N, channels], the state before the first chunk; None: 0.
         y: ref [tokens, channels].
         last: ref float32 [N, channels], the state after the last chunk.
         pasts: ref [tiles, N, channels], the state before each tile; None: not wanted.
@@ -64,7 +64,7 @@ def kernel(
 
     @pl.when(chunk == 0)
     def _():
-        carry[step] = initial[...]
+        carry[step] = jnp.zeros_like(carry[step]) if initial is None else initial[...]
 
     def seen_bits(tile):
         return _bits(seen(sizes, tile, marks, reading_on_rows=True), x.dtype)

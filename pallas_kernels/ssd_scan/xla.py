@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.residuals import keep
-from pallas_kernels.ssd_scan.state import skip
+from pallas_kernels.ssd_scan.state import skip, state_or_zeros
 
 CHUNK = 64
 
@@ -21,6 +21,7 @@ CHUNK = 64
 def ssd_scan(x, dt, A, B, C, D, reset, state, *, chunk_size):
     """Returns `(y [B, T, H, P], state [B, H, P, N])`; see the package for the arguments."""
     batch, time, heads, dim = x.shape
+    state = state_or_zeros(state, x, A, B)
     groups = (B.shape[2], heads // B.shape[2])
     chunk_size = min(chunk_size or CHUNK, time)
     dt = dt.astype(state.dtype)
