@@ -8,7 +8,7 @@ from pallas_kernels.checks import check_array, check_same_dtype, check_segment_i
 from pallas_kernels.dispatch import call, kernels_or_xla
 from pallas_kernels.segments import resets
 from pallas_kernels.selective_scan import reference, xla
-from pallas_kernels.selective_scan.state import decay_over, step
+from pallas_kernels.selective_scan.state import decay_over, state_or_zeros, step
 from pallas_kernels.varying import vary_alike
 
 __all__ = ["selective_scan", "selective_scan_decode"]
@@ -81,12 +81,14 @@ def selective_scan(
         delta = jnp.where(is_token[..., None], delta, 0)
 
     def scan(state):
+        # None: zeros, which the kernels need not read.
         arguments = vary_alike((u, delta, A, B, C, D, z, reset, state))
         return call(_OP, IMPLEMENTATIONS, implementation, *arguments)
 
     if axis_name is None:
         y, state = scan(state)
     else:
+        state = state_or_zeros(state, u, A)
         y, state = across_shards(scan, state, segment_ids, axis_name, decay_over(delta, A))
     if is_token is not None:
         y = jnp.where(is_token[..., None], y, 0)
@@ -156,7 +158,6 @@ def _check(u, delta, A, B, C, D, z, state, axes: str) -> None:
 
 
 def _in_state_dtype(u, delta, A, D, state):
-    """A, D and the state (zeros for None) in the dtype of the computation."""
+    """A, D and the state, those that there are, in the dtype of the computation."""
     dtype = jnp.promote_types(jnp.promote_types(u.dtype, delta.dtype), jnp.float32)
-    state = jnp.zeros((u.shape[0], *A.shape), dtype) if state is None else state.astype(dtype)
-    return A.astype(dtype), None if D is None else D.astype(dtype), state
+    return (None if x is None else x.astype(dtype) for x in (A, D, state))

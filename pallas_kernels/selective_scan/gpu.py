@@ -28,6 +28,7 @@ from pallas_kernels.selective_scan.gpu_tile import (
     load,
     store,
 )
+from pallas_kernels.selective_scan.state import state_or_zeros
 from pallas_kernels.varying import vary_alike
 
 # The states of the shortest chunk have to fit into shared memory.
@@ -50,6 +51,7 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False):
     `interpret`: True or a `plgpu.InterpretGPUParams` to run without a GPU. Zeros fill up tokens, channels and states to
     whole tiles: with Δ = 0 a state stays as it is.
     """
+    state = state_or_zeros(state, u, A)
     (_, time, channels), states = u.shape, A.shape[1]
     most_states = max(8, 2 ** (states - 1).bit_length())
     chunk = gpu_chunks.chunk_size(u, delta, z, most_states)

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.selective_scan.state import step
+from pallas_kernels.selective_scan.state import state_or_zeros, step
 
 
 def selective_scan(u, delta, A, B, C, D, z, resets, state):
     """Returns `(y [B, T, E], state [B, E, N])`; see the package for the arguments."""
+
+    state = state_or_zeros(state, u, A)
 
     def token(state, inputs):
         u, delta, B, C, z, reset = inputs

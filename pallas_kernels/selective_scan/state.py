@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.varying import vary_alike
+
 
 def step(state, u, delta, A, B, C, D, z):
     """h = exp(Δ A) h + Δ B u and y = (C h + D u) silu(z), of a state [B, E, N], channels [B, E] and B, C [B, N].
@@ -13,6 +15,13 @@ def step(state, u, delta, A, B, C, D, z):
     state = jnp.exp(delta[..., None] * A) * state + (delta * u)[..., None] * B[:, None]
     y = jnp.sum(state * C[:, None], axis=-1)
     return skip_and_gate(y, u, D, z), state
+
+
+def state_or_zeros(state, u, A):
+    """The state before the first token: that given, or zeros [B, E, N] in A's dtype for None."""
+    if state is not None:
+        return state
+    return vary_alike((jnp.zeros((u.shape[0], *A.shape), A.dtype), u))[0]
 
 
 def skip_and_gate(y, u, D, z):

@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.chips import has_bfloat16_vectors, matrix_width
+from pallas_kernels.cotangents import values
 from pallas_kernels.dispatch import target
 from pallas_kernels.residuals import keep
 from pallas_kernels.selective_scan import tpu_backward
@@ -83,7 +84,8 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False, d
     B, C = (pad(x, 0, more_time, more_states) for x in (B, C))
     D = pad(None if D is None else D[None], 0, more_channels)
     resets = pad(None if resets is None else resets[:, None].astype(jnp.int32), 0, 0, more_time)
-    state = pad(state.swapaxes(1, 2), 0, more_states, more_channels)
+    state = None if state is None else state.swapaxes(1, 2)
+    state = pad(state, 0, more_states, more_channels)
     block = block_channels(
         device_kind,
         time=time,
@@ -105,6 +107,7 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False, d
         unrolled,
         matrix_width(device_kind),
         u.dtype == jnp.bfloat16 and has_bfloat16_vectors(device_kind),
+        state is not None,
         interpreter(interpret, u),
     )
     y, state = _scan(spec, u, delta, A, B, C, D, z, resets, state)
@@ -119,6 +122,7 @@ def _scan(spec, u, delta, A, B, C, D, z, resets, state):
 
 
 def _forward(spec, *arguments):
+    arguments = values(arguments)
     y, last, pasts = _call_forward(spec, *arguments, keeps_pasts=True)
     y, pasts = keep(y, pasts)
     return (y, last), (*arguments[:-1], pasts)
@@ -136,7 +140,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         None if D is None else blocks.channel_row,
         None if z is None else blocks.tokens,
         None if resets is None else blocks.resets,
-        blocks.state,
+        None if state is None else blocks.state,
     )
     pasts = shaped_like(u, (batch, time // STEP, states, channels), u.dtype)
     return tpu_call(
@@ -146,7 +150,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         out_specs=(blocks.tokens, blocks.state, blocks.pasts if keeps_pasts else None),
         out_shape=(
             shaped_like(u, u.shape, u.dtype),
-            shaped_like(u, state.shape, jnp.float32),
+            shaped_like(u, (batch, states, channels), jnp.float32),
             pasts if keeps_pasts else None,
         ),
         scratch_shapes=(
@@ -166,7 +170,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
     )(u, delta, A, in_columns(spec, B), in_columns(spec, C), D, z, resets, state)
 
 
-_scan.defvjp(_forward, tpu_backward.backward)
+_scan.defvjp(_forward, tpu_backward.backward, symbolic_zeros=True)
 
 
 def _kernel(
@@ -177,7 +181,7 @@ def _kernel(
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        state[...] = initial[...]
+        state[...] = jnp.zeros_like(state) if initial is None else initial[...]
 
     base2_A = A[...] * LOG2_E
     rounded = u.dtype == jnp.bfloat16

@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.cotangents import array_or_none, as_array
 from pallas_kernels.selective_scan.tpu_blocks import LANES
 from pallas_kernels.selective_scan.tpu_tile import (
     LAST,
@@ -73,6 +74,7 @@ PARTS_AHEAD = 2
 def backward(spec: Spec, saved, cotangents):
     u, delta, A, B, C, D, z, resets, pasts = saved
     d_y, d_last = cotangents
+    d_y, d_last = as_array(d_y, u), array_or_none(d_last)
     (batch, time, channels), states = u.shape, A.shape[0]
     chunks, channel_blocks = time // spec.chunk, channels // spec.channels
     blocks = Blocks(spec, states, lambda c: chunks - 1 - c)
@@ -88,7 +90,9 @@ def backward(spec: Spec, saved, cotangents):
         if skips
         else (None, None),
         "z": (shaped_like(u, u.shape, u.dtype), blocks.tokens) if gates else (None, None),
-        "state": (shaped_like(u, (batch, states, channels), jnp.float32), blocks.state),
+        "state": (shaped_like(u, (batch, states, channels), jnp.float32), blocks.state)
+        if spec.has_state
+        else (None, None),
     }
     gradients = tpu_call(
         functools.partial(_kernel, spec),
@@ -103,7 +107,7 @@ def backward(spec: Spec, saved, cotangents):
             None if resets is None else blocks.resets,
             blocks.pasts,
             blocks.tokens,
-            blocks.state,
+            None if d_last is None else blocks.state,
         ),
         out_specs=tuple(block for _, block in outputs.values()),
         out_shape=tuple(shape for shape, _ in outputs.values()),
@@ -116,6 +120,7 @@ def backward(spec: Spec, saved, cotangents):
             rows_of_a_register(states),
             rows_of_a_register(states) if gates else None,
             *[states_of_a_register(states, u.dtype)] * 2,
+            None if spec.has_state else pltpu.VMEM((states, spec.channels), jnp.float32),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -135,20 +140,22 @@ def backward(spec: Spec, saved, cotangents):
 
 def _kernel(
     spec, u, delta, A, B, C, D, z, resets, past, d_y, d_last,
-    d_u, d_delta, d_A, d_B, d_C, d_D, d_z, adjoint,
+    d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_initial,
     steps, inputs, d_reads, narrow_inputs, to_state, from_state, writing, reading,
-    B_rows, C_rows, own_B, own_C,
+    B_rows, C_rows, own_B, own_C, adjoint,
 ):  # fmt: skip
-    """One chunk of one block of channels. The gradient of the first state holds the adjoint from chunk to chunk.
+    """One chunk of one block of channels.
 
     Scratch: of the steps at hand rows of Δ, Δ u, the gradients of what is read, and Δ u as `_twice_in_bfloat16`;
     columns of B and C, spread over lanes; and `by_state` of both. Of all tokens with their columns in the register at
-    hand B and C as rows, and `of_own` of the products for the gradients of both.
+    hand B and C as rows, and `of_own` of the products for the gradients of both. From chunk to chunk the adjoint, which
+    is where the gradient of the first state is wanted, if it is.
     """
+    adjoint = d_initial if adjoint is None else adjoint
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        adjoint[...] = d_last[...]
+        adjoint[...] = jnp.zeros_like(adjoint) if d_last is None else d_last[...]
         d_A[...] = jnp.zeros_like(d_A)
         if d_D is not None:
             d_D[...] = jnp.zeros_like(d_D)

@@ -55,6 +55,7 @@ class Spec:
             no more than `STEPS_OF_A_REGISTER`.
         matrix_width: rows and columns of a matrix unit, 128 or 256.
         narrow: whether what only goes into sums is bfloat16 in the vector unit of the backward, too.
+        has_state: whether there is a state before the first token that is not 0.
         interpret: as `pallas_call` has it.
     """
 
@@ -63,6 +64,7 @@ class Spec:
     unrolled: int
     matrix_width: int
     narrow: bool
+    has_state: bool
     interpret: object
 
     @property

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.residuals import keep
-from pallas_kernels.selective_scan.state import skip_and_gate
+from pallas_kernels.selective_scan.state import skip_and_gate, state_or_zeros
 
 CHUNK = 32
 
@@ -22,6 +22,7 @@ CHUNK = 32
 def selective_scan(u, delta, A, B, C, D, z, resets, state):
     """Returns `(y [B, T, E], state [B, E, N])`; see the package for the arguments."""
     chunk_size = min(CHUNK, u.shape[1])
+    state = state_or_zeros(state, u, A)
     y, state = _scan(chunk_size, u, delta, A.T, B, C, resets, state.swapaxes(1, 2))
     return skip_and_gate(y, u, D, z).astype(u.dtype), state.swapaxes(1, 2)
 
