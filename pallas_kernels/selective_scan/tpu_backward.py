@@ -132,7 +132,7 @@ def backward(spec: Spec, saved, cotangents):
         name="selective_scan_backward",
     )(u, delta, A, in_columns(spec, B), in_columns(spec, C), D, z, resets, pasts, d_y, d_last)
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_state = gradients
-    d_A = d_A.sum(axis=0) / (LOG2_E * _away_from_0(A, LEAST_RATE))
+    d_A = d_A.sum(axis=0)
     d_D = None if d_D is None else d_D.sum(axis=0)
     d_B, d_C = (x.sum(axis=1).swapaxes(1, 2).astype(u.dtype) for x in (d_B, d_C))
     return d_u, d_delta, d_A, d_B, d_C, d_D, d_z, None, d_state
@@ -195,6 +195,10 @@ def _kernel(
             gradient[:, at.whole_register] = columns_of_own.astype(gradient.dtype)
 
     _for_each_step(spec, dtype, turn, prepare, way_out, way_back, add_up, finish, own_B, own_C)
+
+    @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
+    def _():
+        d_A[...] /= base2_A
 
 
 def _for_each_step(
