@@ -51,7 +51,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     rows_of_a_register,
     rows_of_steps,
     stack,
-    states_of_a_register,
+    states_of_registers,
     states_of_steps,
     step_of,
     sums,
@@ -67,8 +67,12 @@ _reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciproca
 # the least float32.
 LEAST_STEP = 1.001 * 2.0**-60
 LEAST_RATE = 2.0**-30
-# Parts of a block whose way out comes before the way back of the first of them, by the schedules for v5e and v6e.
+# Parts of a block whose way out comes before the way back of the first of them, by the schedules for v5e and v6e; no
+# more than there are in a step.
 PARTS_AHEAD = 2
+# Steps in a trip: the more, the fewer ends at which the last products and the next columns are waited for; with four
+# registers of columns the compiler spills what it gains.
+MOST_STEPS = 2 * STEPS_OF_A_REGISTER
 
 
 def backward(spec: Spec, saved, cotangents):
@@ -119,7 +123,7 @@ def backward(spec: Spec, saved, cotangents):
             states_of_steps(spec, states, u.dtype) if gates else None,
             rows_of_a_register(states),
             rows_of_a_register(states) if gates else None,
-            *[states_of_a_register(states, u.dtype)] * 2,
+            *[states_of_registers(_steps(spec)[1], states, u.dtype)] * 2,
             None if spec.has_state else pltpu.VMEM((states, spec.channels), jnp.float32),
         ),
         compiler_params=pltpu.CompilerParams(
@@ -148,8 +152,8 @@ def _kernel(
 
     Scratch: of the steps at hand rows of Δ, Δ u, the gradients of what is read, and Δ u as `_twice_in_bfloat16`;
     columns of B and C, spread over lanes; and `by_state` of both. Of all tokens with their columns in the register at
-    hand B and C as rows, and `of_own` of the products for the gradients of both. From chunk to chunk the adjoint, which
-    is where the gradient of the first state is wanted, if it is.
+    hand B and C as rows; in the registers of a trip `of_own` of the products for the gradients of both. From chunk to
+    chunk the adjoint, which is where the gradient of the first state is wanted, if it is.
     """
     adjoint = d_initial if adjoint is None else adjoint
 
@@ -189,9 +193,9 @@ def _kernel(
         if z is not None:
             reading[at.slot] = by_state(in_rows(C, C_rows, at), dtype)
 
-    def finish(at):
+    def finish(at, register):
         for gradient, of_states in ((d_B, own_B), (d_C, own_C)):
-            columns_of_own = in_columns_of_own(of_states[...])
+            columns_of_own = in_columns_of_own(of_states[register])
             gradient[:, at.whole_register] = columns_of_own.astype(gradient.dtype)
 
     _for_each_step(spec, dtype, turn, prepare, way_out, way_back, add_up, finish, own_B, own_C)
@@ -205,16 +209,21 @@ def _for_each_step(
     spec, dtype, turn, prepare, way_out, way_back, add_up, finish, own_B, own_C,
 ):  # fmt: skip
     """Takes the steps of a chunk from the last to the first through their stages; a step is prepared before the one
-    ahead of it, and a trip finished after the next has begun, as in `for_each_step`.
+    ahead of it, as in `for_each_step`, and a register finished when the products of its last step are long there: the
+    last of a trip when the next has begun, the one before it with the last step of the trip.
     """
     count, parts = spec.chunk // STEP, spec.parts(spec.matrix_width)
-    unrolled = min(spec.unrolled, STEPS_OF_A_REGISTER)
+    unrolled, registers = _steps(spec)
+    ahead = min(PARTS_AHEAD, len(parts))
 
     def at(trip, place):
         # After the last comes the first again, and before the first the last, for nothing.
         index = count - 1 - (unrolled * trip + place + count) % count
         lane = lane_of(-1 - place if spec.whole_registers else index)
         return step_of(spec, index, place, lane)
+
+    def register(place):
+        return place // STEPS_OF_A_REGISTER
 
     def trip(i, _):
         waiting = []
@@ -224,22 +233,24 @@ def _for_each_step(
             to_B.append(add_up(now, part, *way_back(now, part, left)))
             if len(to_B) == len(parts):
                 products = _over_channels(spec, sum(to_B), dtype)
-                own_B[now.lanes] = of_own(products, dtype, reverse=True)
+                own_B[register(place), now.lanes] = of_own(products, dtype, reverse=True)
 
         for place in range(unrolled):
             now = at(i, place)
             turn(at(i, place + 1))
             to_B, to_C = [], 0
             for part in parts:
-                if len(waiting) == PARTS_AHEAD:
+                if len(waiting) == ahead:
                     back(*waiting.pop(0))
                 left, read = way_out(now, part)
                 to_C += read
                 waiting.append((place, part, left, to_B))
             if place == 0:
                 # Before the first of its rows is of this trip.
-                finish(at(i, -1))
-            own_C[now.lanes] = of_own(to_C, dtype)
+                finish(at(i, -1), registers - 1)
+            elif place == unrolled - 1 and registers > 1:
+                finish(at(i, STEPS_OF_A_REGISTER - 1), 0)
+            own_C[register(place), now.lanes] = of_own(to_C, dtype)
             prepare(at(i, place + 1))
         for part in waiting:
             back(*part)
@@ -247,7 +258,13 @@ def _for_each_step(
     prepare(at(0, 0))
     turn(at(0, 0))
     jax.lax.fori_loop(0, count // unrolled, trip, None)
-    finish(at(0, -1))
+    finish(at(0, -1), registers - 1)
+
+
+def _steps(spec: Spec) -> tuple[int, int]:
+    """Steps in a trip, and registers that have their columns."""
+    steps = min(spec.unrolled, MOST_STEPS)
+    return steps, max(1, steps // STEPS_OF_A_REGISTER)
 
 
 def _way_out(

@@ -35,7 +35,7 @@ VMEM_LIMIT = 56 * 2**20
 # Steps in a trip of a loop, at least.
 LEAST_STEPS = 4
 # Steps that may be at hand, which each have a slot: the more, the freer the compiler is to begin one early.
-MOST_SLOTS = 8
+MOST_SLOTS = 16
 # Steps whose columns are in one register.
 STEPS_OF_A_REGISTER = LANES // STEP
 # Channels whose states are in registers together.
@@ -52,7 +52,7 @@ class Spec:
         channels: channels a block, a multiple of 128.
         chunk: tokens a grid step, a multiple of 128: B and C have tokens on lanes.
         unrolled: steps in a trip of the loop over a chunk's, a power of two that divides their number; in the backward
-            no more than `STEPS_OF_A_REGISTER`.
+            no more than `tpu_backward.MOST_STEPS`.
         matrix_width: rows and columns of a matrix unit, 128 or 256.
         narrow: whether what only goes into sums is bfloat16 in the vector unit of the backward, too.
         has_state: whether there is a state before the first token that is not 0.
@@ -299,9 +299,9 @@ def states_of_steps(spec: Spec, states: int, dtype):
     return pltpu.VMEM((spec.slots, STEP, STEP * states), dtype)
 
 
-def states_of_a_register(states: int, dtype):
-    """Scratch for the same of all steps with their columns in one register."""
-    return pltpu.VMEM((LANES, STEP * states), dtype)
+def states_of_registers(count: int, states: int, dtype):
+    """Scratch for the same of all steps with their columns in one of some registers."""
+    return pltpu.VMEM((count, LANES, STEP * states), dtype)
 
 
 def rows_of_a_register(states: int):
