@@ -76,6 +76,28 @@ def test_kernels_with_every_gradient_equal_float64(rng, case, dtype):
     assert_close(make_function, inputs, cotangents, dtype, "tpu_interpret")
 
 
+@pytest.mark.parametrize("used", ["y", "state"])
+def test_gradients_of_one_of_the_results_equal_float64(rng, used):
+    inputs = random_inputs(rng, 1, 9, 5, 3)
+    cotangent = rng.normal(size=inputs["u" if used == "y" else "initial_state"].shape)
+    del inputs["D"], inputs["z"]
+    # No state depends on C.
+    only_read = {"C": inputs.pop("C")} if used == "state" else {}
+
+    def make_function(implementation):
+        def function(**inputs):
+            dtype = inputs["u"].dtype
+            read = {name: jnp.asarray(x, dtype) for name, x in only_read.items()}
+            y, state = selective_scan(
+                **inputs, **read, return_state=True, implementation=implementation
+            )
+            return {"y": y} if used == "y" else {"state": state}
+
+        return function
+
+    assert_close(make_function, inputs, {used: cotangent}, "float32", "tpu_interpret")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
@@ -235,6 +257,8 @@ def test_without_gradients_no_state_leaves_the_kernel_but_the_last():
     assert not re.search(pasts, forward.as_text())
     with_gradients = compile_with_gradients("v5e", selective_scan, inputs)
     assert re.search(pasts, with_gradients.as_text())
+    # Nor are there zeros for a state before the first or a gradient of the last.
+    assert not re.search(r"f32\[1,16,256\]\S* broadcast", with_gradients.as_text())
 
 
 @needs_libtpu

@@ -92,6 +92,25 @@ def test_kernels_with_every_gradient_equal_float64(rng, monkeypatch, case, dtype
     assert_close(make_function, inputs, cotangents, dtype, "tpu_interpret")
 
 
+@pytest.mark.parametrize("used", ["y", "state"])
+def test_gradients_of_one_of_the_results_equal_float64(rng, used):
+    inputs = random_inputs(rng, 1, 9, 2, 64, 1, 6)
+    cotangent = rng.normal(size=inputs["x" if used == "y" else "initial_state"].shape)
+    # No state depends on these.
+    only_read = {name: inputs.pop(name) for name in ("C", "D") if used == "state"}
+
+    def make_function(implementation):
+        def function(**inputs):
+            dtype = inputs["x"].dtype
+            read = {name: jnp.asarray(x, dtype) for name, x in only_read.items()}
+            y, state = ssd_scan(**inputs, **read, return_state=True, implementation=implementation)
+            return {"y": y} if used == "y" else {"state": state}
+
+        return function
+
+    assert_close(make_function, inputs, {used: cotangent}, "float32", "tpu_interpret")
+
+
 @pytest.mark.slow
 def test_several_steps_of_the_grid_without_races(rng, monkeypatch):
     """The interpreter that knows of transfers: it raises at a race, and takes parallel axes in random order."""
@@ -233,6 +252,8 @@ def test_without_gradients_no_state_leaves_the_kernel_but_the_last():
     assert not re.search(tiles, forward.as_text())
     with_gradients = compile_with_gradients("v5e", ssd_scan, inputs)
     assert re.search(tiles, with_gradients.as_text())
+    # Nor are there zeros for a state before the first or a gradient of the last.
+    assert not re.search(r"f32\[1,128,256\]\S* broadcast", with_gradients.as_text())
 
 
 @needs_libtpu
