@@ -130,15 +130,16 @@ def test_gradients(rng, name, ways):
 @pytest.mark.parametrize("name", MIXTURES)
 def test_both_dispatches_agree_when_nothing_is_dropped(rng, name):
     module, _ = MIXTURES[name]
-    params, x = as_float32((random_params(module, rng), rng.normal(size=(3, 32, D))))
+    params, x = random_params(module, rng), rng.normal(size=(3, 32, D))
 
     def loss(params, x, module):
         y, aux = module.apply({"params": params}, x)
         return jnp.sum(jnp.sin(y)), (y, aux)
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
-    buffers = run(params, x, module.clone(capacity_factor=100.0))
-    groups = run(params, x, module.clone(dispatch="dropless"))
+    with jax.enable_x64(True):  # some gradients all but cancel
+        buffers = run(params, x, module.clone(capacity_factor=100.0))
+        groups = run(params, x, module.clone(dispatch="dropless"))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), buffers, groups
     )
@@ -148,20 +149,21 @@ def test_both_dispatches_agree_when_nothing_is_dropped(rng, name):
 def test_dropless_on_a_mesh_is_as_on_one_device(rng, batch):
     """With every device's tokens sorted on their own, and a length that is split too."""
     module = AdaMoE(**SHAPE, top_k=2, num_null=3, dispatch="dropless")
-    params, x = as_float32((random_params(module, rng), rng.normal(size=(batch, 32, D))))
+    params, x = random_params(module, rng), rng.normal(size=(batch, 32, D))
 
     @jax.jit
     def run(params, x):
         y, pull = jax.vjp(lambda params, x: module.apply({"params": params}, x)[0], params, x)
         return y, pull(jnp.sin(y))
 
-    want = run(params, x)
     sizes = {"data": 2, "tensor": 2, "context": 2}
     mesh = jax.make_mesh(tuple(sizes.values()), tuple(sizes), (jax.sharding.AxisType.Auto,) * 3)
     rules = (("batch", ("data",)), ("mlp", "tensor"), ("length", "context"))
-    with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
-        rows = jax.sharding.PartitionSpec("data" if batch % 2 == 0 else None, "context")
-        got = run(params, jax.device_put(x, jax.NamedSharding(mesh, rows)))
+    rows = jax.sharding.PartitionSpec("data" if batch % 2 == 0 else None, "context")
+    with jax.enable_x64(True):  # some gradients all but cancel
+        want = run(params, x)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(rules):
+            got = run(params, jax.device_put(x, jax.NamedSharding(mesh, rows)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), got, want)
 
 
