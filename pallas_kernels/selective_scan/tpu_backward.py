@@ -71,8 +71,10 @@ LEAST_RATE = 2.0**-30
 # more than there are in a step.
 PARTS_AHEAD = 2
 # Steps in a trip: the more, the fewer ends at which the last products and the next columns are waited for; with four
-# registers of columns the compiler spills what it gains.
+# registers of columns the compiler spills what it gains. Steps of more parts are longer, so that ends cost them little,
+# and take the compiler twice as long with twice as many in a trip: half as many are in theirs.
 MOST_STEPS = 2 * STEPS_OF_A_REGISTER
+MOST_PARTS_OF_MOST_STEPS = 4
 
 
 def backward(spec: Spec, saved, cotangents):
@@ -263,7 +265,8 @@ def _for_each_step(
 
 def _steps(spec: Spec) -> tuple[int, int]:
     """Steps in a trip, and registers that have their columns."""
-    steps = min(spec.unrolled, MOST_STEPS)
+    few_parts = len(spec.parts(spec.matrix_width)) <= MOST_PARTS_OF_MOST_STEPS
+    steps = min(spec.unrolled, MOST_STEPS if few_parts else MOST_STEPS // 2)
     return steps, max(1, steps // STEPS_OF_A_REGISTER)
 
 
