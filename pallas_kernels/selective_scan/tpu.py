@@ -190,7 +190,7 @@ def _kernel(
         step = delta[at.tokens].astype(jnp.float32)
         steps[at.slot] = step
         inputs[at.slot] = step * u[at.tokens].astype(jnp.float32)
-        to_state[at.slot] = columns(B, at)
+        [to_state[at.slot]] = columns([B], at)
         from_state[at.slot] = by_state(in_rows(C, C_rows, at), u.dtype)
 
     def advance(at):

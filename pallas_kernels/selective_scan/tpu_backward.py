@@ -187,8 +187,7 @@ def _kernel(
             narrow_inputs[at.slot] = _twice_in_bfloat16(taken)
         d_read = _wide(d_y[at.tokens])
         d_reads[at.slot] = d_read if z is None else d_read * jax.nn.silu(_wide(z[at.tokens]))
-        to_state[at.slot] = columns(B, at)
-        from_state[at.slot] = columns(C, at)
+        to_state[at.slot], from_state[at.slot] = columns([B, C], at)
 
     def turn(at):
         writing[at.slot] = by_state(in_rows(B, B_rows, at), dtype, reverse=True)

@@ -352,17 +352,19 @@ def _columns_dtype(spec: Spec, dtype):
     return dtype if spec.channels < MANY_CHANNELS else jnp.dtype(jnp.float32)
 
 
-def columns(ref, at: Step):
-    """Columns of [N, chunk] for the tokens of a step, each spread over lanes: float32 [STEP, N, 128].
+def columns(refs, at: Step) -> list:
+    """Columns of each [N, chunk] for the tokens of a step, spread over lanes: float32 [STEP, N, 128].
 
     Of bfloat16 two states share 32 bits, which are spread at once, and kept so until they are used, since a register
-    less is stored: uint32 [STEP, N / 2, 128].
+    less is stored: uint32 [STEP, N / 2, 128]. Columns of a token lie in the same lane of all refs, and so are spread
+    together, by one pattern.
     """
-    register = ref[:, at.whole_register]
-    if register.dtype == jnp.bfloat16:
-        register = pltpu.bitcast(register, jnp.uint32)
-    first = at.lane
+    registers = [ref[:, at.whole_register] for ref in refs]
+    if registers[0].dtype == jnp.bfloat16:
+        registers = [pltpu.bitcast(x, jnp.uint32) for x in registers]
+    register, first = jnp.concatenate(registers, axis=0), at.lane
     if not isinstance(first, int):
         register, first = pltpu.roll(register, (LANES - first) % LANES, axis=1), 0
     tokens = [register[:, lane : lane + 1] for lane in range(first, first + STEP)]
-    return jnp.stack([jnp.broadcast_to(x, register.shape) for x in tokens])
+    spread = jnp.stack([jnp.broadcast_to(x, register.shape) for x in tokens])
+    return jnp.split(spread, len(refs), axis=1)
