@@ -38,12 +38,15 @@ def _selective_scan_case(batch: int, time: int, channels: int, states: int) -> C
     # adjoint, from C dy and the decay of the one after, three; through the exponent times h and times itself, two. What
     # is left are sums over states, channels or tokens, for C h and the gradients of B, C, Δ u, and of Δ and A, which
     # are divided by them: these a matrix unit can do for 16 tokens at once, of which each takes its own states.
-    count, step = batch * time * channels * states, 16
+    # Of a channel: Δ u. With gradients that again; the gradient of it times Δ and times u; what Δ gets of the exponent,
+    # divided, and the sum of both.
+    count, rows, step = batch * time * channels * states, batch * time * channels, 16
     steps = batch * time / step
     over_states = Product(step, step * states, channels, steps)
     over_channels = Product(step, channels, step * states, steps)
-    forward = Work((over_states,), 4 * count, count)
-    backward = Work((over_states,) * 2 + (over_channels,) * 2, (4 + 3 + 2) * count, count)
+    forward = Work((over_states,), 4 * count + rows, count)
+    products = (over_states,) * 2 + (over_channels,) * 2
+    backward = Work(products, (4 + 3 + 2) * count + 5 * rows, count)
     return Case(
         op="selective_scan",
         shape=f"[{batch}, {time}, {channels}], state {states}",
