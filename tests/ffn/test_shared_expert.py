@@ -18,8 +18,8 @@ def random_params(module, rng):
 
 
 def apply(module, params, x):
-    params, x = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), (params, x))
-    return jax.jit(lambda p, x: module.apply({"params": p}, x))(params, x)
+    with jax.enable_x64(True):  # what experts add may all but cancel
+        return jax.jit(lambda p, x: module.apply({"params": p}, x))(params, x)
 
 
 def shared(params, x):
