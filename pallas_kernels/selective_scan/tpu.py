@@ -23,6 +23,16 @@ from pallas_kernels.selective_scan.tpu_blocks import (
     chunk_tokens,
     unrolled_steps,
 )
+from pallas_kernels.selective_scan.tpu_columns import (
+    all_in_rows,
+    columns,
+    columns_dtype,
+    columns_of_steps,
+    in_rows,
+    rows_of_tokens,
+    wide_tokens,
+    widened,
+)
 from pallas_kernels.selective_scan.tpu_tile import (
     LEAST_STEPS,
     LOG2_E,
@@ -32,19 +42,13 @@ from pallas_kernels.selective_scan.tpu_tile import (
     Blocks,
     Spec,
     by_state,
-    columns,
-    columns_of_steps,
     decay,
     dot,
     for_each_step,
-    in_columns,
-    in_rows,
     row,
-    rows_of_a_register,
     rows_of_steps,
     stack,
     states_of_steps,
-    widened,
 )
 from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like
@@ -107,6 +111,7 @@ def selective_scan(u, delta, A, B, C, D, z, resets, state, *, interpret=False, d
         unrolled,
         matrix_width(device_kind),
         u.dtype == jnp.bfloat16 and has_bfloat16_vectors(device_kind),
+        wide_tokens(u.dtype, channels=block, states=A.shape[0]),
         state is not None,
         interpreter(interpret, u),
     )
@@ -142,6 +147,8 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         None if resets is None else blocks.resets,
         None if state is None else blocks.state,
     )
+    B = B.swapaxes(1, 2).astype(jnp.float32 if spec.wide_tokens else u.dtype)
+    C = C.swapaxes(1, 2).astype(columns_dtype(spec, u.dtype))
     pasts = shaped_like(u, (batch, time // STEP, states, channels), u.dtype)
     return tpu_call(
         functools.partial(_kernel, spec),
@@ -155,9 +162,10 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         ),
         scratch_shapes=(
             *[rows_of_steps(spec)] * 2,
-            columns_of_steps(spec, states, u.dtype),
+            columns_of_steps(spec, states, jnp.float32, spec.wide_tokens),
+            columns_of_steps(spec, states, u.dtype, STEP - spec.wide_tokens),
             states_of_steps(spec, states, u.dtype),
-            rows_of_a_register(states),
+            rows_of_tokens(spec.chunk if spec.wide_tokens < STEP else LANES, states),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -167,7 +175,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
         ),
         interpret=spec.interpret,
         name="selective_scan_forward",
-    )(u, delta, A, in_columns(spec, B), in_columns(spec, C), D, z, resets, state)
+    )(u, delta, A, B, C, D, z, resets, state)
 
 
 _scan.defvjp(_forward, tpu_backward.backward, symbolic_zeros=True)
@@ -175,7 +183,7 @@ _scan.defvjp(_forward, tpu_backward.backward, symbolic_zeros=True)
 
 def _kernel(
     spec, u, delta, A, B, C, D, z, resets, initial, y, state, past,
-    steps, inputs, to_state, from_state, C_rows,
+    steps, inputs, wide, packed, from_state, C_rows,
 ):  # fmt: skip
     """One chunk of one block of channels. The block of the last state holds the present one from chunk to chunk."""
 
@@ -184,14 +192,25 @@ def _kernel(
         state[...] = jnp.zeros_like(state) if initial is None else initial[...]
 
     base2_A = A[...] * LOG2_E
-    rounded = u.dtype == jnp.bfloat16
+    rounded, num_wide = u.dtype == jnp.bfloat16, spec.wide_tokens
+    turns_all = num_wide < STEP
+    if turns_all:
+        C_rows[...] = all_in_rows(C)
 
     def prepare(at):
         step = delta[at.tokens].astype(jnp.float32)
         steps[at.slot] = step
         inputs[at.slot] = step * u[at.tokens].astype(jnp.float32)
-        [to_state[at.slot]] = columns([B], at)
-        from_state[at.slot] = by_state(in_rows(C, C_rows, at), u.dtype)
+        register = B[:, at.whole_register]
+        if wide is not None:
+            [wide[at.slot]] = columns([register], at, range(num_wide))
+        if packed is not None:
+            [packed[at.slot]] = columns([register.astype(u.dtype)], at, range(num_wide, STEP))
+        read = C_rows[at.tokens] if turns_all else in_rows(C, C_rows, at)
+        from_state[at.slot] = by_state(read, u.dtype)
+
+    def to_state(at, t, part):
+        return widened(wide[at.slot, t] if t < num_wide else packed[at.slot, t - num_wide], part)
 
     def advance(at):
         for part in spec.parts():
@@ -200,7 +219,7 @@ def _kernel(
                 past[at.index, :, part] = h.astype(past.dtype)
             for t in range(STEP):
                 kept = decay(row(steps, at, t, part) * base2_A[:, part], resets, at, t)
-                h = kept * h + row(inputs, at, t, part) * widened(to_state[at.slot, t], part)
+                h = kept * h + row(inputs, at, t, part) * to_state(at, t, part)
                 passed.append(h)
             state[:, part] = h
             total = dot(from_state[at.slot], stack(passed), rounded=rounded)

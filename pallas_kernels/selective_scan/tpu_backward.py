@@ -27,6 +27,14 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.cotangents import array_or_none, as_array
 from pallas_kernels.selective_scan.tpu_blocks import LANES
+from pallas_kernels.selective_scan.tpu_columns import (
+    columns,
+    columns_dtype,
+    columns_of_steps,
+    in_rows,
+    rows_of_tokens,
+    widened,
+)
 from pallas_kernels.selective_scan.tpu_tile import (
     LAST,
     LOG2_E,
@@ -37,18 +45,13 @@ from pallas_kernels.selective_scan.tpu_tile import (
     Blocks,
     Spec,
     by_state,
-    columns,
-    columns_of_steps,
     decay,
     dot,
-    in_columns,
     in_columns_of_own,
     in_lanes,
-    in_rows,
     lane_of,
     of_own,
     row,
-    rows_of_a_register,
     rows_of_steps,
     stack,
     states_of_registers,
@@ -56,7 +59,6 @@ from pallas_kernels.selective_scan.tpu_tile import (
     step_of,
     sums,
     tiles,
-    widened,
 )
 from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import shaped_like
@@ -83,6 +85,8 @@ def backward(spec: Spec, saved, cotangents):
     d_y, d_last = as_array(d_y, u), array_or_none(d_last)
     (batch, time, channels), states = u.shape, A.shape[0]
     chunks, channel_blocks = time // spec.chunk, channels // spec.channels
+    dtype = columns_dtype(spec, u.dtype)
+    B, C = (x.swapaxes(1, 2).astype(dtype) for x in (B, C))
     blocks = Blocks(spec, states, lambda c: chunks - 1 - c)
     skips, gates = D is not None, z is not None
     partial = u.dtype if channel_blocks == 1 else jnp.float32
@@ -120,11 +124,11 @@ def backward(spec: Spec, saved, cotangents):
         scratch_shapes=(
             *[rows_of_steps(spec)] * 3,
             rows_of_steps(spec, jnp.uint32) if spec.sums_lanes else None,
-            *[columns_of_steps(spec, states, u.dtype)] * 2,
+            *[columns_of_steps(spec, states, dtype)] * 2,
             states_of_steps(spec, states, u.dtype),
             states_of_steps(spec, states, u.dtype) if gates else None,
-            rows_of_a_register(states),
-            rows_of_a_register(states) if gates else None,
+            rows_of_tokens(LANES, states),
+            rows_of_tokens(LANES, states) if gates else None,
             *[states_of_registers(_steps(spec)[1], states, u.dtype)] * 2,
             None if spec.has_state else pltpu.VMEM((states, spec.channels), jnp.float32),
         ),
@@ -136,7 +140,7 @@ def backward(spec: Spec, saved, cotangents):
         ),
         interpret=spec.interpret,
         name="selective_scan_backward",
-    )(u, delta, A, in_columns(spec, B), in_columns(spec, C), D, z, resets, pasts, d_y, d_last)
+    )(u, delta, A, B, C, D, z, resets, pasts, d_y, d_last)
     d_u, d_delta, d_A, d_B, d_C, d_D, d_z, d_state = gradients
     d_A = d_A.sum(axis=0)
     d_D = None if d_D is None else d_D.sum(axis=0)
@@ -187,7 +191,8 @@ def _kernel(
             narrow_inputs[at.slot] = _twice_in_bfloat16(taken)
         d_read = _wide(d_y[at.tokens])
         d_reads[at.slot] = d_read if z is None else d_read * jax.nn.silu(_wide(z[at.tokens]))
-        to_state[at.slot], from_state[at.slot] = columns([B, C], at)
+        registers = [ref[:, at.whole_register] for ref in (B, C)]
+        to_state[at.slot], from_state[at.slot] = columns(registers, at)
 
     def turn(at):
         writing[at.slot] = by_state(in_rows(B, B_rows, at), dtype, reverse=True)

@@ -40,8 +40,6 @@ MOST_SLOTS = 16
 STEPS_OF_A_REGISTER = LANES // STEP
 # Channels whose states are in registers together.
 MOST_IN_REGISTERS = 2 * LANES
-# Of a block, for which the vector unit has more to do with each column than the unit that spreads it.
-MANY_CHANNELS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +53,7 @@ class Spec:
             no more than `tpu_backward.MOST_STEPS`.
         matrix_width: rows and columns of a matrix unit, 128 or 256.
         narrow: whether what only goes into sums is bfloat16 in the vector unit of the backward, too.
+        wide_tokens: of a step, the first so many, of which the forward spreads columns of B in float32.
         has_state: whether there is a state before the first token that is not 0.
         interpret: as `pallas_call` has it.
     """
@@ -64,6 +63,7 @@ class Spec:
     unrolled: int
     matrix_width: int
     narrow: bool
+    wide_tokens: int
     has_state: bool
     interpret: object
 
@@ -215,13 +215,13 @@ def tiles(of_tokens: list, rows: int) -> list:
 
 def own(states: int, *, reverse: bool = False):
     """Bool [STEP, STEP * N]: whether the state of a column of a stack is of the token of the row."""
-    token, column = _rows_and_columns((STEP, STEP * states))
+    token, column = rows_and_columns((STEP, STEP * states))
     return column // states == place_of(token, states, reverse=reverse)
 
 
 def repeats(states: int, dtype):
     """[N, STEP * N] of 0 and 1, to multiply with: every token's copy of the states."""
-    state, column = _rows_and_columns((states, STEP * states))
+    state, column = rows_and_columns((states, STEP * states))
     return (column % states == state).astype(dtype)
 
 
@@ -231,23 +231,8 @@ def sums(states: int, *, reverse: bool = False):
     return jnp.concatenate(both, axis=0)
 
 
-def _rows_and_columns(shape):
+def rows_and_columns(shape):
     return (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
-
-
-def in_rows(ref, rows, at: Step):
-    """Of [N, chunk], the columns of the tokens of a step -> float32 [STEP, N].
-
-    XLA's own memory has tokens on lanes, as long as there are fewer states, so that rows would be copied for it.
-
-    Args:
-        ref: B or C.
-        rows: `rows_of_a_register`, which the first step of a trip that has its columns there fills for all.
-        at: the step; those of a trip come in their order.
-    """
-    if at.is_first:
-        rows[...] = ref[:, at.whole_register].astype(jnp.float32).T
-    return rows[at.lanes]
 
 
 def by_state(x, dtype, *, reverse: bool = False):
@@ -304,28 +289,9 @@ def states_of_registers(count: int, states: int, dtype):
     return pltpu.VMEM((count, LANES, STEP * states), dtype)
 
 
-def rows_of_a_register(states: int):
-    """Scratch for `in_rows`."""
-    return pltpu.VMEM((LANES, states), jnp.float32)
-
-
-def columns_of_steps(spec: Spec, states: int, dtype):
-    """Scratch for `columns` of the steps in all slots, where u has `dtype`."""
-    packed = _columns_dtype(spec, dtype) == jnp.bfloat16
-    shape = (spec.slots, STEP, states // 2 if packed else states, LANES)
-    return pltpu.VMEM(shape, jnp.uint32 if packed else jnp.float32)
-
-
 def row(ref, at: Step, t: int, part: slice):
     """Token t of a step: [1, part]."""
     return ref[at.slot, t : t + 1, part]
-
-
-def widened(column, part: slice):
-    """One of `columns`, whose lanes are equal, -> float32 [N, part]."""
-    if column.dtype == jnp.uint32:
-        column = pltpu.bitcast(column, jnp.bfloat16).astype(jnp.float32)
-    return jnp.tile(column, (1, (part.stop - part.start) // LANES))
 
 
 def in_lanes(x):
@@ -339,32 +305,3 @@ def decay(exponent, resets, at: Step, t: int):
     if resets is None:
         return kept
     return kept * (1 - resets[0, STEP * at.index + t]).astype(jnp.float32)
-
-
-def in_columns(spec: Spec, x):
-    """[B, T, N] -> [B, N, T], as kernels take it: a column in bfloat16 is spread in half the time and then has to be
-    converted, for which a block of many channels has no time, and what it shares of the spreading it has time for.
-    """
-    return x.swapaxes(1, 2).astype(_columns_dtype(spec, x.dtype))
-
-
-def _columns_dtype(spec: Spec, dtype):
-    return dtype if spec.channels < MANY_CHANNELS else jnp.dtype(jnp.float32)
-
-
-def columns(refs, at: Step) -> list:
-    """Columns of each [N, chunk] for the tokens of a step, spread over lanes: float32 [STEP, N, 128].
-
-    Of bfloat16 two states share 32 bits, which are spread at once, and kept so until they are used, since a register
-    less is stored: uint32 [STEP, N / 2, 128]. Columns of a token lie in the same lane of all refs, and so are spread
-    together, by one pattern.
-    """
-    registers = [ref[:, at.whole_register] for ref in refs]
-    if registers[0].dtype == jnp.bfloat16:
-        registers = [pltpu.bitcast(x, jnp.uint32) for x in registers]
-    register, first = jnp.concatenate(registers, axis=0), at.lane
-    if not isinstance(first, int):
-        register, first = pltpu.roll(register, (LANES - first) % LANES, axis=1), 0
-    tokens = [register[:, lane : lane + 1] for lane in range(first, first + STEP)]
-    spread = jnp.stack([jnp.broadcast_to(x, register.shape) for x in tokens])
-    return jnp.split(spread, len(refs), axis=1)

@@ -15,7 +15,8 @@ from test_selective_scan import in_float32, random_inputs
 
 from pallas_kernels import selective_scan, topology
 from pallas_kernels.selective_scan import tpu
-from pallas_kernels.selective_scan.tpu_tile import STEPS_OF_A_REGISTER
+from pallas_kernels.selective_scan.tpu_columns import wide_tokens
+from pallas_kernels.selective_scan.tpu_tile import LEAST_STEPS, STEP, STEPS_OF_A_REGISTER
 
 # Length, channels, states, whether there are segments, which optional arrays there are.
 CASES = {
@@ -107,6 +108,23 @@ def test_trips_of_whole_registers_equal_float64(rng, monkeypatch, case, register
     """As the TPU's compiler has them."""
     monkeypatch.setattr(tpu, "INTERPRETED_STEPS", registers * STEPS_OF_A_REGISTER)
     test_kernels_with_every_gradient_equal_float64(rng, case, dtype)
+
+
+@pytest.mark.parametrize("steps", [LEAST_STEPS, STEPS_OF_A_REGISTER])
+def test_columns_of_a_step_in_both_kinds_equal_float64(rng, monkeypatch, steps):
+    monkeypatch.setattr(tpu, "INTERPRETED_STEPS", steps)
+    channels, states = 200, 3
+    assert 0 < wide_tokens(jnp.bfloat16, channels=256, states=8) < STEP
+    inputs = random_inputs(rng, 1, 140, channels, states)
+    tokens = ("u", "delta", "B", "C", "z")
+    narrow = {name: jnp.asarray(inputs[name], jnp.bfloat16) for name in tokens}
+    of_channels = {name: jnp.float32(inputs[name]) for name in inputs.keys() - tokens}
+    with jax.enable_x64(True):
+        wide = {name: np.float64(x) for name, x in (narrow | of_channels).items()}
+        want = selective_scan(**wide, return_state=True, implementation="reference")
+    got = selective_scan(**narrow, **of_channels, return_state=True, implementation="tpu_interpret")
+    for x, y, most in zip(got, want, (1e-2, 1e-5), strict=True):
+        assert relative_error(x, y) < most
 
 
 @pytest.mark.slow
