@@ -165,7 +165,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
             columns_of_steps(spec, states, jnp.float32, spec.wide_tokens),
             columns_of_steps(spec, states, u.dtype, STEP - spec.wide_tokens),
             states_of_steps(spec, states, u.dtype),
-            rows_of_tokens(spec.chunk if spec.wide_tokens < STEP else LANES, states),
+            rows_of_tokens(spec.chunk if spec.packs_columns else LANES, states),
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"),
@@ -193,8 +193,7 @@ def _kernel(
 
     base2_A = A[...] * LOG2_E
     rounded, num_wide = u.dtype == jnp.bfloat16, spec.wide_tokens
-    turns_all = num_wide < STEP
-    if turns_all:
+    if spec.packs_columns:
         C_rows[...] = all_in_rows(C)
 
     def prepare(at):
@@ -206,7 +205,7 @@ def _kernel(
             [wide[at.slot]] = columns([register], at, range(num_wide))
         if packed is not None:
             [packed[at.slot]] = columns([register.astype(u.dtype)], at, range(num_wide, STEP))
-        read = C_rows[at.tokens] if turns_all else in_rows(C, C_rows, at)
+        read = C_rows[at.tokens] if spec.packs_columns else in_rows(C, C_rows, at)
         from_state[at.slot] = by_state(read, u.dtype)
 
     def to_state(at, t, part):

@@ -1,4 +1,4 @@
-"""B and C in the TPU kernels of the selective scan: [N, tokens], of which steps take columns, over all lanes, or rows.
+"""What the TPU kernels of the selective scan take of B and C: the columns of [N, tokens], spread over lanes, and rows.
 
 XLA's own memory has tokens on lanes, as long as there are fewer states, so that anything else would be copied for it.
 
@@ -29,7 +29,7 @@ def wide_tokens(dtype, *, channels: int, states: int) -> int:
 
 def columns_dtype(spec: Spec, dtype):
     """Of both as the kernels take them, where u has `dtype`, but for B in the forward: `wide_tokens`."""
-    return dtype if spec.channels < MANY_CHANNELS else jnp.dtype(jnp.float32)
+    return dtype if spec.packs_columns else jnp.dtype(jnp.float32)
 
 
 def columns_of_steps(spec: Spec, states: int, dtype, tokens: int = STEP):

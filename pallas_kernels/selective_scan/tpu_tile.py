@@ -73,6 +73,11 @@ class Spec:
         return min(MOST_SLOTS, self.unrolled)
 
     @property
+    def packs_columns(self) -> bool:
+        """Whether columns of bfloat16 are spread as such, all of them or, in the forward, some."""
+        return self.wide_tokens < STEP
+
+    @property
     def whole_registers(self) -> bool:
         """Whether it is known when a loop is compiled where in a register a step of a trip has its columns.
 
@@ -232,6 +237,7 @@ def sums(states: int, *, reverse: bool = False):
 
 
 def rows_and_columns(shape):
+    """Of each entry of a matrix, its row and its column: two int32 matrices."""
     return (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
 
