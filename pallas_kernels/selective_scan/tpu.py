@@ -43,11 +43,10 @@ from pallas_kernels.selective_scan.tpu_tile import (
     Spec,
     by_state,
     decay,
-    dot,
     for_each_step,
+    over_states,
     row,
     rows_of_steps,
-    stack,
     states_of_steps,
 )
 from pallas_kernels.tpu_call import tpu_call
@@ -164,7 +163,7 @@ def _call_forward(spec, u, delta, A, B, C, D, z, resets, state, *, keeps_pasts):
             *[rows_of_steps(spec)] * 2,
             columns_of_steps(spec, states, jnp.float32, spec.wide_tokens),
             columns_of_steps(spec, states, u.dtype, STEP - spec.wide_tokens),
-            states_of_steps(spec, states, u.dtype),
+            states_of_steps(spec, states, u.dtype, spec.group(states)),
             rows_of_tokens(spec.chunk if spec.packs_columns else LANES, states),
         ),
         compiler_params=pltpu.CompilerParams(
@@ -192,7 +191,7 @@ def _kernel(
         state[...] = jnp.zeros_like(state) if initial is None else initial[...]
 
     base2_A = A[...] * LOG2_E
-    rounded, num_wide = u.dtype == jnp.bfloat16, spec.wide_tokens
+    rounded, num_wide, group = u.dtype == jnp.bfloat16, spec.wide_tokens, spec.group(A.shape[0])
     if spec.packs_columns:
         C_rows[...] = all_in_rows(C)
 
@@ -206,7 +205,7 @@ def _kernel(
         if packed is not None:
             [packed[at.slot]] = columns([register.astype(u.dtype)], at, range(num_wide, STEP))
         read = C_rows[at.tokens] if spec.packs_columns else in_rows(C, C_rows, at)
-        from_state[at.slot] = by_state(read, u.dtype)
+        from_state[at.slot] = by_state(read, u.dtype, group)
 
     def to_state(at, t, part):
         return widened(wide[at.slot, t] if t < num_wide else packed[at.slot, t - num_wide], part)
@@ -221,7 +220,7 @@ def _kernel(
                 h = kept * h + row(inputs, at, t, part) * to_state(at, t, part)
                 passed.append(h)
             state[:, part] = h
-            total = dot(from_state[at.slot], stack(passed), rounded=rounded)
+            total = over_states(from_state, at, passed, group, rounded=rounded)
             if D is not None:
                 total += D[:, part] * u[at.tokens, part].astype(jnp.float32)
             if z is not None:

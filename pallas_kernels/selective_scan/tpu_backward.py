@@ -51,9 +51,11 @@ from pallas_kernels.selective_scan.tpu_tile import (
     in_lanes,
     lane_of,
     of_own,
+    over_states,
     row,
     rows_of_steps,
     stack,
+    stacks,
     states_of_registers,
     states_of_steps,
     step_of,
@@ -69,9 +71,9 @@ _reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciproca
 # the least float32.
 LEAST_STEP = 1.001 * 2.0**-60
 LEAST_RATE = 2.0**-30
-# Parts of a block whose way out comes before the way back of the first of them, by the schedules for v5e and v6e; no
-# more than there are in a step.
-PARTS_AHEAD = 2
+# Parts of a block whose way out comes before the way back of the first of them, by the schedules for v5e and v6e; of
+# steps of a single part no more than one.
+PARTS_AHEAD = 3
 # Steps in a trip: the more, the fewer ends at which the last products and the next columns are waited for; with four
 # registers of columns the compiler spills what it gains. Steps of more parts are longer, so that ends cost them little,
 # and take the compiler twice as long with twice as many in a trip: half as many are in theirs.
@@ -125,8 +127,8 @@ def backward(spec: Spec, saved, cotangents):
             *[rows_of_steps(spec)] * 3,
             rows_of_steps(spec, jnp.uint32) if spec.sums_lanes else None,
             *[columns_of_steps(spec, states, dtype)] * 2,
-            states_of_steps(spec, states, u.dtype),
-            states_of_steps(spec, states, u.dtype) if gates else None,
+            states_of_steps(spec, states, u.dtype, STEP),
+            states_of_steps(spec, states, u.dtype, spec.group(states)) if gates else None,
             rows_of_tokens(LANES, states),
             rows_of_tokens(LANES, states) if gates else None,
             *[states_of_registers(_steps(spec)[1], states, u.dtype)] * 2,
@@ -171,16 +173,16 @@ def _kernel(
             d_D[...] = jnp.zeros_like(d_D)
 
     base2_A = _away_from_0(A[...], LEAST_RATE) * LOG2_E
-    dtype = u.dtype
+    dtype, group = u.dtype, spec.group(A.shape[0])
     way_out = functools.partial(
-        _way_out, spec, u, base2_A, reading, D, z, resets, past, d_y, d_z,
+        _way_out, spec, group, u, base2_A, reading, D, z, resets, past, d_y, d_z,
         steps, inputs, d_reads, to_state,
     )  # fmt: skip
     way_back = functools.partial(
         _way_back, spec, dtype, base2_A, resets, adjoint, steps, d_reads, narrow_inputs, from_state
     )
     add_up = functools.partial(
-        _add_up, spec, u, D, d_u, d_delta, d_A, d_D, steps, inputs, d_reads, writing
+        _add_up, spec, group, u, D, d_u, d_delta, d_A, d_D, steps, inputs, d_reads, writing
     )
 
     def prepare(at):
@@ -195,9 +197,9 @@ def _kernel(
         to_state[at.slot], from_state[at.slot] = columns(registers, at)
 
     def turn(at):
-        writing[at.slot] = by_state(in_rows(B, B_rows, at), dtype, reverse=True)
+        writing[at.slot] = by_state(in_rows(B, B_rows, at), dtype, STEP, reverse=True)
         if z is not None:
-            reading[at.slot] = by_state(in_rows(C, C_rows, at), dtype)
+            reading[at.slot] = by_state(in_rows(C, C_rows, at), dtype, group)
 
     def finish(at, register):
         for gradient, of_states in ((d_B, own_B), (d_C, own_C)):
@@ -220,7 +222,7 @@ def _for_each_step(
     """
     count, parts = spec.chunk // STEP, spec.parts(spec.matrix_width)
     unrolled, registers = _steps(spec)
-    ahead = min(PARTS_AHEAD, len(parts))
+    ahead = min(PARTS_AHEAD, 2 * len(parts) - 1)
 
     def at(trip, place):
         # After the last comes the first again, and before the first the last, for nothing.
@@ -239,7 +241,7 @@ def _for_each_step(
             to_B.append(add_up(now, part, *way_back(now, part, left)))
             if len(to_B) == len(parts):
                 products = _over_channels(spec, sum(to_B), dtype)
-                own_B[register(place), now.lanes] = of_own(products, dtype, reverse=True)
+                own_B[register(place), now.lanes] = of_own(products, dtype, STEP, reverse=True)
 
         for place in range(unrolled):
             now = at(i, place)
@@ -256,7 +258,7 @@ def _for_each_step(
                 finish(at(i, -1), registers - 1)
             elif place == unrolled - 1 and registers > 1:
                 finish(at(i, STEPS_OF_A_REGISTER - 1), 0)
-            own_C[register(place), now.lanes] = of_own(to_C, dtype)
+            own_C[register(place), now.lanes] = of_own(to_C, dtype, STEP)
             prepare(at(i, place + 1))
         for part in waiting:
             back(*part)
@@ -275,7 +277,7 @@ def _steps(spec: Spec) -> tuple[int, int]:
 
 
 def _way_out(
-    spec, u, base2_A, reading, D, z, resets, past, d_y, d_z,
+    spec, group, u, base2_A, reading, D, z, resets, past, d_y, d_z,
     steps, inputs, d_reads, to_state, at, part,
 ):  # fmt: skip
     """The states of a part in a step, and with them the gradients of z and, which is returned, of C.
@@ -293,16 +295,15 @@ def _way_out(
         left.append((kept, (h * exponent).astype(u.dtype)) if spec.narrow else before)
         h += row(inputs, at, t, part) * widened(to_state[at.slot, t], part)
         passed.append(h)
-    passed = stack(passed)
     if z is not None:
-        ungated = dot(reading[at.slot], passed, rounded=rounded)
+        ungated = over_states(reading, at, passed, group, rounded=rounded)
         if D is not None:
             ungated += D[:, part] * _wide(u[tokens, part])
         gate = _wide(z[tokens, part])
         half = jax.nn.sigmoid(gate)
         d_gate = _wide(d_y[tokens, part]) * ungated * half * (1 + gate * (1 - half))
         d_z[tokens, part] = d_gate.astype(d_z.dtype)
-    return left, dot(d_reads[at.slot, :, part], passed, LAST, rounded=rounded)
+    return left, dot(d_reads[at.slot, :, part], stack(passed), LAST, rounded=rounded)
 
 
 def _way_back(
@@ -339,7 +340,7 @@ def _way_back(
 
 
 def _add_up(
-    spec, u, D, d_u, d_delta, d_A, d_D, steps, inputs, d_reads, writing,
+    spec, group, u, D, d_u, d_delta, d_A, d_D, steps, inputs, d_reads, writing,
     at, part, passed, by_exponents, written,
 ):  # fmt: skip
     """The gradients that are sums of what `_way_back` returns, of a part in a step.
@@ -351,8 +352,11 @@ def _add_up(
     tokens, step, taken = at.tokens, steps[at.slot, :, part], inputs[at.slot, :, part]
 
     def over_states_and_tokens():
-        for_decay = sums(num_states, reverse=True).astype(jnp.float32)
-        return dot(for_decay, stack(by_exponents), rounded=rounded)
+        for_decay = sums(num_states, group, reverse=True)
+        # The last tokens come first.
+        of_groups = [dot(for_decay, x, rounded=rounded) for x in stacks(by_exponents, group)][::-1]
+        to_exponents = jnp.concatenate([x[:group] for x in of_groups], axis=0)
+        return to_exponents, sum(x[group:] for x in of_groups)
 
     def over_channels():
         if spec.sums_lanes:
@@ -363,9 +367,9 @@ def _add_up(
     # Products keep their order. On a wide matrix unit that of a tile begins before all of the stack is there, and that
     # of the whole stack does not.
     if spec.narrow:
-        to_B, both = over_channels(), over_states_and_tokens()
+        to_B, (to_exponents, to_rates) = over_channels(), over_states_and_tokens()
     else:
-        both, to_B = over_states_and_tokens(), over_channels()
+        (to_exponents, to_rates), to_B = over_states_and_tokens(), over_channels()
     d_write, first = 0, 0
     for adjoints in tiles(passed, spec.matrix_width):
         last = first + len(adjoints)
@@ -378,8 +382,8 @@ def _add_up(
         d_skip = d_read * _wide(u[tokens, part])
         d_D[:, part] += jnp.sum(d_skip, axis=0, keepdims=True)
     d_u[tokens, part] = to_u.astype(d_u.dtype)
-    d_A[:, part] += both[STEP:]
-    to_delta = (both[:STEP] * (1 / LOG2_E) + d_write * taken) * _inverse(step, rounded=rounded)
+    d_A[:, part] += to_rates
+    to_delta = (to_exponents * (1 / LOG2_E) + d_write * taken) * _inverse(step, rounded=rounded)
     d_delta[tokens, part] = to_delta.astype(d_delta.dtype)
     return to_B
 

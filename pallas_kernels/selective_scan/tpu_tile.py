@@ -5,9 +5,10 @@ spread over the sublanes of a state as they are loaded. B_t and C_t are columns 
 lanes; a block of many channels shares that work.
 
 The vector unit has most to do, so that sums over the states or the channels of a token are left to the matrix unit: the
-states of `STEP` tokens below each other are one operand, and of each token only its own place in the product counts. A
-matrix unit takes the rows of this operand tile by tile, and a tile from its last row up. So the token that comes first
-lies last in its tile (`place_of`): its states leave the registers at once, which else spill what waits for its turn.
+states of several tokens below each other are one operand, and of each token only its own place in the product counts:
+those of `STEP` tokens, or of a group of them (`Spec.group`), of which a product has fewer rows. A matrix unit takes the
+rows of this operand tile by tile, and a tile from its last row up. So the token that comes first lies last in its tile
+(`place_of`): its states leave the registers at once, which else spill what waits for its turn.
 """
 
 import dataclasses
@@ -89,6 +90,12 @@ class Spec:
     def sums_lanes(self) -> bool:
         """Whether sums over channels begin in the vector unit, in bfloat16, of the parts of a block together."""
         return self.narrow and self.channels > self.matrix_width
+
+    def group(self, states: int) -> int:
+        """Tokens of a step that a product over states takes together: as few as fill tiles of a matrix unit, since of
+        its rows only theirs count, or else all.
+        """
+        return SUBLANES if SUBLANES * states % self.matrix_width == 0 else STEP
 
     def parts(self, most: int = MOST_IN_REGISTERS) -> list[slice]:
         """Of a block, the channels that go through a step in time together, beside what it needs of them.
@@ -190,22 +197,28 @@ def for_each_step(spec: Spec, prepare, advance) -> None:
     jax.lax.fori_loop(0, count // spec.unrolled, trip, None)
 
 
-def place_of(token, states: int, *, reverse: bool = False):
-    """Where in a stack of the states of a step those of a token are, and which token's are at a place: its own inverse.
+def place_of(token, states: int, group: int = STEP, *, reverse: bool = False):
+    """Where in a stack those of a token are, and which token's are at a place: its own inverse.
 
     Args:
-        token: 0 to STEP - 1.
+        token: 0 to group - 1.
         states: N.
+        group: tokens of the stack.
         reverse: whether the last token comes first.
     """
     in_a_tile = 1 << (max(1, ROWS_OF_A_TILE // states).bit_length() - 1)
-    return token ^ (min(in_a_tile, STEP) - 1) ^ (STEP - 1 if reverse else 0)
+    return token ^ (min(in_a_tile, group) - 1) ^ (group - 1 if reverse else 0)
 
 
 def stack(of_tokens: list):
-    """[N, part] of each token in the order in which they came -> [STEP * N, part]."""
+    """[N, part] of each token of a step or of a group, in the order in which they came -> [tokens * N, part]."""
     states = of_tokens[0].shape[0]
-    return jnp.concatenate([of_tokens[place_of(i, states)] for i in range(STEP)], axis=0)
+    return jnp.concatenate([of_tokens[place_of(i, states)] for i in range(len(of_tokens))], axis=0)
+
+
+def stacks(of_tokens: list, group: int) -> list:
+    """The stack of each group of tokens of a step."""
+    return [stack(of_tokens[i : i + group]) for i in range(0, STEP, group)]
 
 
 def tiles(of_tokens: list, rows: int) -> list:
@@ -218,22 +231,22 @@ def tiles(of_tokens: list, rows: int) -> list:
     ]
 
 
-def own(states: int, *, reverse: bool = False):
-    """Bool [STEP, STEP * N]: whether the state of a column of a stack is of the token of the row."""
-    token, column = rows_and_columns((STEP, STEP * states))
-    return column // states == place_of(token, states, reverse=reverse)
+def own(states: int, group: int, *, reverse: bool = False):
+    """Bool [group, group * N]: whether the state of a column of a group's stack is of the token of the row."""
+    token, column = rows_and_columns((group, group * states))
+    return column // states == place_of(token, states, group, reverse=reverse)
 
 
-def repeats(states: int, dtype):
-    """[N, STEP * N] of 0 and 1, to multiply with: every token's copy of the states."""
-    state, column = rows_and_columns((states, STEP * states))
+def repeats(states: int, group: int, dtype):
+    """[N, group * N] of 0 and 1, to multiply with: every token's copy of the states."""
+    state, column = rows_and_columns((states, group * states))
     return (column % states == state).astype(dtype)
 
 
-def sums(states: int, *, reverse: bool = False):
-    """[STEP + N, STEP * N] of 0 and 1, to multiply a stack with: its sums over states, and those over tokens."""
-    both = (own(states, reverse=reverse).astype(jnp.float32), repeats(states, jnp.float32))
-    return jnp.concatenate(both, axis=0)
+def sums(states: int, group: int, *, reverse: bool = False):
+    """[group + N, group * N] of 0 and 1, to multiply a stack with: its sums over states, and those over tokens."""
+    of_states = own(states, group, reverse=reverse).astype(jnp.float32)
+    return jnp.concatenate([of_states, repeats(states, group, jnp.float32)], axis=0)
 
 
 def rows_and_columns(shape):
@@ -241,23 +254,40 @@ def rows_and_columns(shape):
     return (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
 
-def by_state(x, dtype, *, reverse: bool = False):
-    """Float32 [STEP, N] of numbers of a dtype -> [STEP, STEP * N] in it: numbers of a token in the columns of its
-    states, and 0 in those of others.
+def by_state(x, dtype, group: int, *, reverse: bool = False):
+    """Float32 [STEP, N] of numbers of a dtype -> [STEP, group * N] in it: numbers of a token in the columns of its
+    states, and 0 in those of others of its group.
     """
-    states = x.shape[1]
-    spread = dot(x, repeats(states, x.dtype), rounded=dtype == jnp.bfloat16)
-    return jnp.where(own(states, reverse=reverse), spread, 0).astype(dtype)
+    spread = dot(x, repeats(x.shape[1], group, x.dtype), rounded=dtype == jnp.bfloat16)
+    return of_own(spread, dtype, group, reverse=reverse)
 
 
-def of_own(x, dtype, *, reverse: bool = False):
-    """[STEP, STEP * N] of a step without what is in the columns of other tokens."""
-    return jnp.where(own(x.shape[1] // STEP, reverse=reverse), x, 0).astype(dtype)
+def of_own(x, dtype, group: int, *, reverse: bool = False):
+    """[STEP, group * N] of a step without what is in the columns of other tokens of its group."""
+    of_token = own(x.shape[1] // group, group, reverse=reverse)
+    of_groups = [jnp.where(of_token, x[i : i + group], 0) for i in range(0, STEP, group)]
+    return jnp.concatenate(of_groups, axis=0).astype(dtype)
 
 
 def in_columns_of_own(x):
-    """The inverse of `by_state`: [128, STEP * N] -> [N, 128]."""
-    return dot(repeats(x.shape[1] // STEP, x.dtype), x, LAST)
+    """The inverse of `by_state` of whole steps: [128, STEP * N] -> [N, 128]."""
+    return dot(repeats(x.shape[1] // STEP, STEP, x.dtype), x, LAST)
+
+
+def over_states(rows, at: Step, of_tokens: list, group: int, *, rounded: bool):
+    """Sums over the states of each token of a step, times the numbers that `by_state` has of it: float32 [STEP, part].
+
+    Args:
+        rows: ref of `by_state` of the steps in all slots.
+        at: the step.
+        of_tokens: [N, part] of each token, the first first.
+        group: as `by_state` had it.
+        rounded: as `dot` has it.
+    """
+    firsts = range(0, STEP, group)
+    of_groups = zip(firsts, stacks(of_tokens, group), strict=True)
+    products = [dot(rows[at.slot, i : i + group], x, rounded=rounded) for i, x in of_groups]
+    return jnp.concatenate(products, axis=0)
 
 
 def dot(x, y, contracted=PLAIN, *, rounded: bool = False):
@@ -285,13 +315,13 @@ def rows_of_steps(spec: Spec, dtype=jnp.float32):
     return pltpu.VMEM((spec.slots, STEP, spec.channels), dtype)
 
 
-def states_of_steps(spec: Spec, states: int, dtype):
-    """Scratch for what has all states of the tokens of a step in its columns, of the steps in all slots."""
-    return pltpu.VMEM((spec.slots, STEP, STEP * states), dtype)
+def states_of_steps(spec: Spec, states: int, dtype, group: int):
+    """Scratch for `by_state` of the steps in all slots."""
+    return pltpu.VMEM((spec.slots, STEP, group * states), dtype)
 
 
 def states_of_registers(count: int, states: int, dtype):
-    """Scratch for the same of all steps with their columns in one of some registers."""
+    """Scratch for `of_own` of all steps with their columns in one of some registers."""
     return pltpu.VMEM((count, LANES, STEP * states), dtype)
 
 

@@ -20,7 +20,7 @@ from pallas_kernels.selective_scan.tpu_tile import LEAST_STEPS, STEP, STEPS_OF_A
 
 # Length, channels, states, whether there are segments, which optional arrays there are.
 CASES = {
-    "less than a chunk": (7, 5, 3, False, ("D", "z")),
+    "less than a chunk": (21, 5, 12, False, ("D", "z")),
     "whole chunks": (384, 128, 16, False, ()),
     "blocks of channels": (150, 300, 4, False, ("z", "initial_state")),
     "parts of a block": (130, 512, 3, True, ("D",)),
