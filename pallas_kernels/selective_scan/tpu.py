@@ -220,7 +220,7 @@ def _kernel(
                 h = kept * h + row(inputs, at, t, part) * to_state(at, t, part)
                 passed.append(h)
             state[:, part] = h
-            total = over_states(from_state, at, passed, group, rounded=rounded)
+            total = over_states(from_state, at, passed, rounded=rounded)
             if D is not None:
                 total += D[:, part] * u[at.tokens, part].astype(jnp.float32)
             if z is not None:

@@ -72,7 +72,7 @@ _reciprocal = pltpu.reciprocal if hasattr(pltpu, "reciprocal") else pl.reciproca
 LEAST_STEP = 1.001 * 2.0**-60
 LEAST_RATE = 2.0**-30
 # Parts of a block whose way out comes before the way back of the first of them, by the schedules for v5e and v6e; of
-# steps of a single part no more than one.
+# steps of a single part one.
 PARTS_AHEAD = 3
 # Steps in a trip: the more, the fewer ends at which the last products and the next columns are waited for; with four
 # registers of columns the compiler spills what it gains. Steps of more parts are longer, so that ends cost them little,
@@ -173,16 +173,16 @@ def _kernel(
             d_D[...] = jnp.zeros_like(d_D)
 
     base2_A = _away_from_0(A[...], LEAST_RATE) * LOG2_E
-    dtype, group = u.dtype, spec.group(A.shape[0])
+    dtype = u.dtype
     way_out = functools.partial(
-        _way_out, spec, group, u, base2_A, reading, D, z, resets, past, d_y, d_z,
+        _way_out, spec, u, base2_A, reading, D, z, resets, past, d_y, d_z,
         steps, inputs, d_reads, to_state,
     )  # fmt: skip
     way_back = functools.partial(
         _way_back, spec, dtype, base2_A, resets, adjoint, steps, d_reads, narrow_inputs, from_state
     )
     add_up = functools.partial(
-        _add_up, spec, group, u, D, d_u, d_delta, d_A, d_D, steps, inputs, d_reads, writing
+        _add_up, spec, u, D, d_u, d_delta, d_A, d_D, steps, inputs, d_reads, writing
     )
 
     def prepare(at):
@@ -199,7 +199,7 @@ def _kernel(
     def turn(at):
         writing[at.slot] = by_state(in_rows(B, B_rows, at), dtype, STEP, reverse=True)
         if z is not None:
-            reading[at.slot] = by_state(in_rows(C, C_rows, at), dtype, group)
+            reading[at.slot] = by_state(in_rows(C, C_rows, at), dtype, spec.group(C.shape[0]))
 
     def finish(at, register):
         for gradient, of_states in ((d_B, own_B), (d_C, own_C)):
@@ -222,7 +222,7 @@ def _for_each_step(
     """
     count, parts = spec.chunk // STEP, spec.parts(spec.matrix_width)
     unrolled, registers = _steps(spec)
-    ahead = min(PARTS_AHEAD, 2 * len(parts) - 1)
+    ahead = PARTS_AHEAD if len(parts) > 1 else 1
 
     def at(trip, place):
         # After the last comes the first again, and before the first the last, for nothing.
@@ -277,7 +277,7 @@ def _steps(spec: Spec) -> tuple[int, int]:
 
 
 def _way_out(
-    spec, group, u, base2_A, reading, D, z, resets, past, d_y, d_z,
+    spec, u, base2_A, reading, D, z, resets, past, d_y, d_z,
     steps, inputs, d_reads, to_state, at, part,
 ):  # fmt: skip
     """The states of a part in a step, and with them the gradients of z and, which is returned, of C.
@@ -296,7 +296,7 @@ def _way_out(
         h += row(inputs, at, t, part) * widened(to_state[at.slot, t], part)
         passed.append(h)
     if z is not None:
-        ungated = over_states(reading, at, passed, group, rounded=rounded)
+        ungated = over_states(reading, at, passed, rounded=rounded)
         if D is not None:
             ungated += D[:, part] * _wide(u[tokens, part])
         gate = _wide(z[tokens, part])
@@ -340,7 +340,7 @@ def _way_back(
 
 
 def _add_up(
-    spec, group, u, D, d_u, d_delta, d_A, d_D, steps, inputs, d_reads, writing,
+    spec, u, D, d_u, d_delta, d_A, d_D, steps, inputs, d_reads, writing,
     at, part, passed, by_exponents, written,
 ):  # fmt: skip
     """The gradients that are sums of what `_way_back` returns, of a part in a step.
@@ -352,6 +352,7 @@ def _add_up(
     tokens, step, taken = at.tokens, steps[at.slot, :, part], inputs[at.slot, :, part]
 
     def over_states_and_tokens():
+        group = spec.group(num_states)
         for_decay = sums(num_states, group, reverse=True)
         # The last tokens come first.
         of_groups = [dot(for_decay, x, rounded=rounded) for x in stacks(by_exponents, group)][::-1]

@@ -197,7 +197,7 @@ def for_each_step(spec: Spec, prepare, advance) -> None:
     jax.lax.fori_loop(0, count // spec.unrolled, trip, None)
 
 
-def place_of(token, states: int, group: int = STEP, *, reverse: bool = False):
+def place_of(token, states: int, group: int, *, reverse: bool = False):
     """Where in a stack those of a token are, and which token's are at a place: its own inverse.
 
     Args:
@@ -212,8 +212,8 @@ def place_of(token, states: int, group: int = STEP, *, reverse: bool = False):
 
 def stack(of_tokens: list):
     """[N, part] of each token of a step or of a group, in the order in which they came -> [tokens * N, part]."""
-    states = of_tokens[0].shape[0]
-    return jnp.concatenate([of_tokens[place_of(i, states)] for i in range(len(of_tokens))], axis=0)
+    count, states = len(of_tokens), of_tokens[0].shape[0]
+    return jnp.concatenate([of_tokens[place_of(i, states, count)] for i in range(count)], axis=0)
 
 
 def stacks(of_tokens: list, group: int) -> list:
@@ -224,11 +224,7 @@ def stacks(of_tokens: list, group: int) -> list:
 def tiles(of_tokens: list, rows: int) -> list:
     """The stack of tokens, cut into tiles of `rows`, or whole where the states of tokens do not fill them."""
     states = of_tokens[0].shape[0]
-    size = rows // states if rows % states == 0 else STEP
-    return [
-        jnp.concatenate([of_tokens[place_of(j, states)] for j in range(i, min(i + size, STEP))], 0)
-        for i in range(0, STEP, size)
-    ]
+    return stacks(of_tokens, rows // states if rows % states == 0 else STEP)
 
 
 def own(states: int, group: int, *, reverse: bool = False):
@@ -274,18 +270,17 @@ def in_columns_of_own(x):
     return dot(repeats(x.shape[1] // STEP, STEP, x.dtype), x, LAST)
 
 
-def over_states(rows, at: Step, of_tokens: list, group: int, *, rounded: bool):
+def over_states(rows, at: Step, of_tokens: list, *, rounded: bool):
     """Sums over the states of each token of a step, times the numbers that `by_state` has of it: float32 [STEP, part].
 
     Args:
         rows: ref of `by_state` of the steps in all slots.
         at: the step.
         of_tokens: [N, part] of each token, the first first.
-        group: as `by_state` had it.
         rounded: as `dot` has it.
     """
-    firsts = range(0, STEP, group)
-    of_groups = zip(firsts, stacks(of_tokens, group), strict=True)
+    group = rows.shape[2] // of_tokens[0].shape[0]
+    of_groups = zip(range(0, STEP, group), stacks(of_tokens, group), strict=True)
     products = [dot(rows[at.slot, i : i + group], x, rounded=rounded) for i, x in of_groups]
     return jnp.concatenate(products, axis=0)
 
