@@ -18,6 +18,7 @@ takes the adjoints for them transposed, at half its pace, but once for all of th
 before: with two registers left of each state, stores bind on v5e, which has one a cycle.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -85,6 +86,7 @@ def backward(spec: Spec, saved, cotangents):
     u, delta, A, B, C, D, z, resets, pasts = saved
     d_y, d_last = cotangents
     d_y, d_last = as_array(d_y, u), array_or_none(d_last)
+    spec = dataclasses.replace(spec, unrolled=_steps_of_a_trip(spec))
     (batch, time, channels), states = u.shape, A.shape[0]
     chunks, channel_blocks = time // spec.chunk, channels // spec.channels
     dtype = columns_dtype(spec, u.dtype)
@@ -131,7 +133,7 @@ def backward(spec: Spec, saved, cotangents):
             states_of_steps(spec, states, u.dtype, spec.group(states)) if gates else None,
             rows_of_tokens(LANES, states),
             rows_of_tokens(LANES, states) if gates else None,
-            *[states_of_registers(_steps(spec)[1], states, u.dtype)] * 2,
+            *[states_of_registers(_registers(spec), states, u.dtype)] * 2,
             None if spec.has_state else pltpu.VMEM((states, spec.channels), jnp.float32),
         ),
         compiler_params=pltpu.CompilerParams(
@@ -221,7 +223,7 @@ def _for_each_step(
     last of a trip when the next has begun, the one before it with the last step of the trip.
     """
     count, parts = spec.chunk // STEP, spec.parts(spec.matrix_width)
-    unrolled, registers = _steps(spec)
+    unrolled, registers = spec.unrolled, _registers(spec)
     ahead = PARTS_AHEAD if len(parts) > 1 else 1
 
     def at(trip, place):
@@ -269,11 +271,14 @@ def _for_each_step(
     finish(at(0, -1), registers - 1)
 
 
-def _steps(spec: Spec) -> tuple[int, int]:
-    """Steps in a trip, and registers that have their columns."""
+def _steps_of_a_trip(spec: Spec) -> int:
     few_parts = len(spec.parts(spec.matrix_width)) <= MOST_PARTS_OF_MOST_STEPS
-    steps = min(spec.unrolled, MOST_STEPS if few_parts else MOST_STEPS // 2)
-    return steps, max(1, steps // STEPS_OF_A_REGISTER)
+    return min(spec.unrolled, MOST_STEPS if few_parts else MOST_STEPS // 2)
+
+
+def _registers(spec: Spec) -> int:
+    """Registers that have the columns of a trip."""
+    return max(1, spec.unrolled // STEPS_OF_A_REGISTER)
 
 
 def _way_out(

@@ -50,8 +50,8 @@ class Spec:
     Attributes:
         channels: channels a block, a multiple of 128.
         chunk: tokens a grid step, a multiple of 128: B and C have tokens on lanes.
-        unrolled: steps in a trip of the loop over a chunk's, a power of two that divides their number; in the backward
-            no more than `tpu_backward.MOST_STEPS`.
+        unrolled: steps in a trip of the loop over a chunk's, a power of two that divides their number; that of the
+            forward, of which the backward makes its own.
         matrix_width: rows and columns of a matrix unit, 128 or 256.
         narrow: whether what only goes into sums is bfloat16 in the vector unit of the backward, too.
         wide_tokens: of a step, the first so many, of which the forward spreads columns of B in float32.

@@ -14,7 +14,7 @@ from scan_cases import random_segments, weighted_sum
 from test_selective_scan import in_float32, random_inputs
 
 from pallas_kernels import selective_scan, topology
-from pallas_kernels.selective_scan import tpu
+from pallas_kernels.selective_scan import tpu, tpu_backward
 from pallas_kernels.selective_scan.tpu_columns import wide_tokens
 from pallas_kernels.selective_scan.tpu_tile import LEAST_STEPS, STEP, STEPS_OF_A_REGISTER
 
@@ -108,6 +108,13 @@ def test_trips_of_whole_registers_equal_float64(rng, monkeypatch, case, register
     """As the TPU's compiler has them."""
     monkeypatch.setattr(tpu, "INTERPRETED_STEPS", registers * STEPS_OF_A_REGISTER)
     test_kernels_with_every_gradient_equal_float64(rng, case, dtype)
+
+
+def test_trips_of_the_backward_shorter_than_of_the_forward_equal_float64(rng, monkeypatch):
+    """As v5e has them for blocks of many parts."""
+    monkeypatch.setattr(tpu, "INTERPRETED_STEPS", 2 * LEAST_STEPS)
+    monkeypatch.setattr(tpu_backward, "MOST_STEPS", LEAST_STEPS)
+    test_kernels_with_every_gradient_equal_float64(rng, "less than a chunk", "float32")
 
 
 @pytest.mark.parametrize("steps", [LEAST_STEPS, STEPS_OF_A_REGISTER])
