@@ -48,6 +48,7 @@ from pallas_kernels.selective_scan.tpu_tile import (
     row,
     rows_of_steps,
     states_of_steps,
+    write_tiles,
 )
 from pallas_kernels.tpu_call import tpu_call
 from pallas_kernels.varying import interpreter, shaped_like
@@ -205,7 +206,7 @@ def _kernel(
         if packed is not None:
             [packed[at.slot]] = columns([register.astype(u.dtype)], at, range(num_wide, STEP))
         read = C_rows[at.tokens] if spec.packs_columns else in_rows(C, C_rows, at)
-        from_state[at.slot] = by_state(read, u.dtype, group)
+        write_tiles(from_state, at.slot, by_state(read, group, rounded=rounded))
 
     def to_state(at, t, part):
         return widened(wide[at.slot, t] if t < num_wide else packed[at.slot, t - num_wide], part)

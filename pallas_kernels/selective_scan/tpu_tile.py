@@ -250,19 +250,19 @@ def rows_and_columns(shape):
     return (jax.lax.broadcasted_iota(jnp.int32, shape, axis) for axis in (0, 1))
 
 
-def by_state(x, dtype, group: int, *, reverse: bool = False):
-    """Float32 [STEP, N] of numbers of a dtype -> [STEP, group * N] in it: numbers of a token in the columns of its
-    states, and 0 in those of others of its group.
+def by_state(x, group: int, *, rounded: bool, reverse: bool = False):
+    """Float32 [STEP, N] -> [STEP, group * N]: numbers of a token in the columns of its states, and 0 in those of others
+    of its group. `rounded`: as `dot` has it, for numbers of bfloat16.
     """
-    spread = dot(x, repeats(x.shape[1], group, x.dtype), rounded=dtype == jnp.bfloat16)
-    return of_own(spread, dtype, group, reverse=reverse)
+    spread = dot(x, repeats(x.shape[1], group, x.dtype), rounded=rounded)
+    return of_own(spread, group, reverse=reverse)
 
 
-def of_own(x, dtype, group: int, *, reverse: bool = False):
+def of_own(x, group: int, *, reverse: bool = False):
     """[STEP, group * N] of a step without what is in the columns of other tokens of its group."""
     of_token = own(x.shape[1] // group, group, reverse=reverse)
     of_groups = [jnp.where(of_token, x[i : i + group], 0) for i in range(0, STEP, group)]
-    return jnp.concatenate(of_groups, axis=0).astype(dtype)
+    return jnp.concatenate(of_groups, axis=0)
 
 
 def in_columns_of_own(x):
@@ -274,14 +274,16 @@ def over_states(rows, at: Step, of_tokens: list, *, rounded: bool):
     """Sums over the states of each token of a step, times the numbers that `by_state` has of it: float32 [STEP, part].
 
     Args:
-        rows: ref of `by_state` of the steps in all slots.
+        rows: ref of `by_state` of the steps in all slots, in tiles.
         at: the step.
         of_tokens: [N, part] of each token, the first first.
         rounded: as `dot` has it.
     """
-    group = rows.shape[2] // of_tokens[0].shape[0]
+    group = rows.shape[1] * LANES // of_tokens[0].shape[0]
     of_groups = zip(range(0, STEP, group), stacks(of_tokens, group), strict=True)
-    products = [dot(rows[at.slot, i : i + group], x, rounded=rounded) for i, x in of_groups]
+    products = [
+        dot(read_tiles(rows, at.slot, pl.ds(i, group)), x, rounded=rounded) for i, x in of_groups
+    ]
     return jnp.concatenate(products, axis=0)
 
 
@@ -311,13 +313,27 @@ def rows_of_steps(spec: Spec, dtype=jnp.float32):
 
 
 def states_of_steps(spec: Spec, states: int, dtype, group: int):
-    """Scratch for `by_state` of the steps in all slots."""
-    return pltpu.VMEM((spec.slots, STEP, group * states), dtype)
+    """Scratch in tiles for `by_state` of the steps in all slots."""
+    return pltpu.VMEM((spec.slots, group * states // LANES, STEP, LANES), dtype)
 
 
 def states_of_registers(count: int, states: int, dtype):
-    """Scratch for `of_own` of all steps with their columns in one of some registers."""
-    return pltpu.VMEM((count, LANES, STEP * states), dtype)
+    """Scratch in tiles for `of_own` of all steps with their columns in one of some registers."""
+    return pltpu.VMEM((count, STEP * states // LANES, LANES, LANES), dtype)
+
+
+def write_tiles(ref, index, x, rows=slice(None)):
+    """Float32 [rows, tiles * 128] to rows of ref[index], which is [tiles, rows of it, 128].
+
+    On v5e 16 rows of bfloat16 are then a register in memory, too, and not halves of two.
+    """
+    for i in range(ref.shape[1]):
+        ref[index, i, rows] = x[:, LANES * i : LANES * (i + 1)].astype(ref.dtype)
+
+
+def read_tiles(ref, index, rows=slice(None)):
+    """The inverse of `write_tiles`."""
+    return jnp.concatenate([ref[index, i, rows] for i in range(ref.shape[1])], axis=1)
 
 
 def row(ref, at: Step, t: int, part: slice):
