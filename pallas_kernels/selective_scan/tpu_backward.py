@@ -107,7 +107,7 @@ def backward(spec: Spec, saved, cotangents):
             states_of_steps(spec, states, u.dtype, spec.group(states)) if gates else None,
             rows_of_tokens(LANES, states),
             rows_of_tokens(LANES, states) if gates else None,
-            *[states_of_registers(_registers(spec), states, u.dtype)] * 2,
+            *[states_of_registers(spec, _registers(spec), states, u.dtype)] * 2,
             *stages.left_of_parts(spec, _parts_ahead(spec) + 1, states, u.dtype),
             None if spec.has_state else pltpu.VMEM((states, spec.channels), jnp.float32),
         ),

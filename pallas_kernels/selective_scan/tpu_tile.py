@@ -12,6 +12,7 @@ rows of this operand tile by tile, and a tile from its last row up. So the token
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -279,7 +280,7 @@ def over_states(rows, at: Step, of_tokens: list, *, rounded: bool):
         of_tokens: [N, part] of each token, the first first.
         rounded: as `dot` has it.
     """
-    group = rows.shape[1] * LANES // of_tokens[0].shape[0]
+    group = rows.shape[1] * rows.shape[3] // of_tokens[0].shape[0]
     of_groups = zip(range(0, STEP, group), stacks(of_tokens, group), strict=True)
     products = [
         dot(read_tiles(rows, at.slot, pl.ds(i, group)), x, rounded=rounded) for i, x in of_groups
@@ -314,21 +315,26 @@ def rows_of_steps(spec: Spec, dtype=jnp.float32):
 
 def states_of_steps(spec: Spec, states: int, dtype, group: int):
     """Scratch in tiles for `by_state` of the steps in all slots."""
-    return pltpu.VMEM((spec.slots, group * states // LANES, STEP, LANES), dtype)
+    return _in_tiles(spec, spec.slots, STEP, group * states, dtype)
 
 
-def states_of_registers(count: int, states: int, dtype):
+def states_of_registers(spec: Spec, count: int, states: int, dtype):
     """Scratch in tiles for `of_own` of all steps with their columns in one of some registers."""
-    return pltpu.VMEM((count, STEP * states // LANES, LANES, LANES), dtype)
+    return _in_tiles(spec, count, LANES, STEP * states, dtype)
+
+
+def _in_tiles(spec: Spec, count: int, rows: int, columns: int, dtype):
+    width = math.gcd(columns, spec.matrix_width)
+    return pltpu.VMEM((count, columns // width, rows, width), dtype)
 
 
 def write_tiles(ref, index, x, rows=slice(None)):
-    """Float32 [rows, tiles * 128] to rows of ref[index], which is [tiles, rows of it, 128].
-
-    On v5e 16 rows of bfloat16 are then a register in memory, too, and not halves of two.
+    """Float32 [rows, columns] to rows of ref[index], which is [tiles, rows of it, columns of a tile]: as wide as a
+    matrix unit, if it can be, so that on v5e 16 rows of bfloat16 are a register in memory, too, and not halves of two.
     """
+    width = ref.shape[3]
     for i in range(ref.shape[1]):
-        ref[index, i, rows] = x[:, LANES * i : LANES * (i + 1)].astype(ref.dtype)
+        ref[index, i, rows] = x[:, width * i : width * (i + 1)].astype(ref.dtype)
 
 
 def read_tiles(ref, index, rows=slice(None)):
