@@ -164,13 +164,13 @@ def _kernel(
 
     def prepare(at):
         step = stages.positive(delta[at.tokens])
-        taken = step * stages.in_float32(u[at.tokens])
+        taken = step * u[at.tokens].astype(jnp.float32)
         steps[at.slot], inputs[at.slot] = step, taken
         if spec.sums_lanes:
             narrow_inputs[at.slot] = stages.twice_in_bfloat16(taken)
-        d_read = stages.in_float32(d_y[at.tokens])
+        d_read = d_y[at.tokens].astype(jnp.float32)
         if z is not None:
-            d_read *= jax.nn.silu(stages.in_float32(z[at.tokens]))
+            d_read *= jax.nn.silu(z[at.tokens].astype(jnp.float32))
         d_reads[at.slot] = d_read
         registers = [ref[:, at.whole_register] for ref in (B, C)]
         to_state[at.slot], from_state[at.slot] = columns(registers, at)

@@ -55,6 +55,12 @@ def _tokens_a_decay(spec: Spec) -> int:
     return 1 if spec.narrow else TOKENS_A_DECAY
 
 
+def _place_of_decay(spec: Spec, decays, t: int) -> int | None:
+    """Where among `decays` token t of a step leaves its own, or None."""
+    every = _tokens_a_decay(spec)
+    return None if decays is None or t % every else t // every
+
+
 def left_of_parts(spec: Spec, count: int, states: int, dtype):
     """Scratch for what `way_out` leaves, decays and factors, of so many parts in each of two trips; None in float32."""
     if dtype == jnp.float32:
@@ -81,25 +87,25 @@ def way_out(
         The products over channels for the gradient of C.
     """
     tokens, rounded, (decays, factors) = at.tokens, u.dtype == jnp.bfloat16, left
-    h, passed = in_float32(past[at.index, :, part]), []
+    h, passed = past[at.index, :, part].astype(jnp.float32), []
     for t in range(STEP):
         exponent = row(steps, at, t, part) * base2_A[:, part]
         kept = decay(exponent, resets, at, t)
         before, h = h, kept * h
-        if decays is not None and t % _tokens_a_decay(spec) == 0:
-            decays[t // _tokens_a_decay(spec)] = kept
-            factors[t] = (h * exponent).astype(factors.dtype)
-        else:
+        place = _place_of_decay(spec, decays, t)
+        if place is None:
             factors[t] = before
+        else:
+            decays[place], factors[t] = kept, (h * exponent).astype(factors.dtype)
         h += row(inputs, at, t, part) * widened(to_state[at.slot, t], part)
         passed.append(h)
     if z is not None:
         ungated = over_states(reading, at, passed, rounded=rounded)
         if D is not None:
-            ungated += D[:, part] * in_float32(u[tokens, part])
-        gate = in_float32(z[tokens, part])
+            ungated += D[:, part] * u[tokens, part].astype(jnp.float32)
+        gate = z[tokens, part].astype(jnp.float32)
         half = jax.nn.sigmoid(gate)
-        d_gate = in_float32(d_y[tokens, part]) * ungated * half * (1 + gate * (1 - half))
+        d_gate = d_y[tokens, part].astype(jnp.float32) * ungated * half * (1 + gate * (1 - half))
         d_z[tokens, part] = d_gate.astype(d_z.dtype)
     return dot(d_reads[at.slot, :, part], stack(passed), LAST, rounded=rounded)
 
@@ -124,13 +130,14 @@ def way_back(
         if spec.sums_lanes:
             taken = _in_bfloat16(row(narrow_inputs, at, t, part), num_states)
             written.append(in_lanes(passed[-1] * taken))
-        if decays is not None and t % _tokens_a_decay(spec) == 0:
-            by_exponents.append(passed[-1] * factors[t])
-            g *= decays[t // _tokens_a_decay(spec)]
-        else:
+        place = _place_of_decay(spec, decays, t)
+        if place is None:
             exponent = row(steps, at, t, part) * base2_A[:, part]
             g *= decay(exponent, resets, at, t)
             by_exponents.append(g * factors[t] * exponent)
+        else:
+            by_exponents.append(passed[-1] * factors[t])
+            g *= decays[place]
     adjoint[:, part] = g
     return passed, by_exponents, written
 
@@ -175,7 +182,7 @@ def add_up(
     if D is not None:
         d_read = d_reads[at.slot, :, part]
         to_u += D[:, part] * d_read
-        d_skip = d_read * in_float32(u[at.tokens, part])
+        d_skip = d_read * u[at.tokens, part].astype(jnp.float32)
         d_D[:, part] += jnp.sum(d_skip, axis=0, keepdims=True)
     to_delta = (to_exponents * (1 / LOG2_E) + d_write * taken) * _inverse(step, rounded=rounded)
     return to_B, to_u, to_delta, to_rates
@@ -190,12 +197,12 @@ def positive(delta):
     """Δ in float32, but for 0: the constant is lost in all steps but the least, and no bfloat16."""
     if delta.dtype == jnp.float32:
         return away_from_0(delta, LEAST_STEP)
-    return in_float32(delta) + LEAST_STEP
+    return delta.astype(jnp.float32) + LEAST_STEP
 
 
 def twice_in_bfloat16(x):
     """Float32 -> uint32, both halves of which are the number in bfloat16: a row of it spreads over a state in it."""
-    bits = jax.lax.bitcast_convert_type(in_float32(x.astype(jnp.bfloat16)), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16).astype(jnp.float32), jnp.uint32)
     return bits | (bits >> 16)
 
 
@@ -215,7 +222,3 @@ def _inverse(x, *, rounded: bool):
     there, or none.
     """
     return _reciprocal(x, approx=True) if rounded else 1 / x
-
-
-def in_float32(x):
-    return x.astype(jnp.float32)

@@ -34,7 +34,8 @@ LOG2_E = 1.4426950408889634
 # bfloat16 with gate and skip. Float32 products, whose operands the compiler splits, spill more: it is 46 for 512 tokens
 # of 512 channels of 64 states.
 VMEM_LIMIT = 56 * 2**20
-# Steps in a trip of a loop, at least.
+# Steps in a trip of a loop, at least: in the backward a slot is filled as the step before its own begins, and is still
+# read when the second one after it has begun.
 LEAST_STEPS = 4
 # Steps that may be at hand, which each have a slot: the more, the freer the compiler is to begin one early.
 MOST_SLOTS = 16
